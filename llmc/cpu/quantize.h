@@ -1,0 +1,330 @@
+// cpu/quantize.h: rotation, QuEST and absmax quantization to MXFP4 on the CPU; the oracle of every other backend.
+//
+// DESIGN of the arithmetic (arXiv 2505.14669 v4, Algorithm 1; every operation is one f32 rounding, in this order, on every
+// backend, so that codes, scales and masks are equal bit for bit):
+//   H x        butterflies over 32 values at distances 1, 2, 4, 8, 16 (a, b -> a + b, a - b), then times f32(1/sqrt(32))
+//   quest      sums of xh and xh^2 by adjacent pairs, five levels; var = max(0, s2/32 - (s1/32)^2); v = sqrt(var) * 0.48707976 + 1e-8;
+//              s = 2^floor(log2 v); code = rtn(xh/s); mask = |xh/s| < 6
+//   absmax     s = 2^(floor(log2 max|x|) - 2), at least 2^-127; code = round(3/4 * (x/s)); the value is owed 4/3
+//   A group with a NaN or an infinity (quest: or whose squares overflow) gets the NaN scale 255, codes 0 and mask 0, so that the
+//   fault reaches the loss and the step is skipped instead of being trained on.
+//
+// A tile is one rotation block (32 values along K) of LANES rows, value-major: every loop over lanes is one vector operation.
+#pragma once
+#include "../quant.h"
+
+#define LANES 16
+
+#define HADAMARD_SCALE 0.17677669529663687f          // 1/sqrt(32)
+#define QUEST_SCALE ((float)(2.92247856 / 6.0))      // MSE-optimal clipping of a Gaussian for E2M1, over its largest value
+#define QUEST_EPSILON 1e-8f
+
+typedef struct {
+    float v[GROUP][LANES];
+    uint32_t code[GROUP][LANES];
+    uint32_t scale[LANES], mask[LANES];
+} Tile;
+
+// rows r0 .. r0+lanes-1, columns c0 .. c0+31 of the operand; lanes past the end are zero
+static void tile_load(Tile* tile, const QuantizeArgs* args, int r0, int c0, int lanes) {
+    int rows = args->out->rows, cols = args->out->cols;
+    if (lanes < LANES) {
+        memset(tile->v, 0, sizeof tile->v);
+    }
+    if (args->spec.source == SOURCE_SAVED) {  // the source is (cols, rows): its row is our column
+        for (int k = 0; k < GROUP; k++) {
+            size_t i = (size_t)(c0 + k) * rows + r0;
+            float scale = ue8m0_to_f32(args->saved->scales[i / GROUP]);
+            for (int l = 0; l < lanes; l++) {
+                tile->v[k][l] = e2m1_to_f32((args->saved->codes[(i + l) / 2] >> (l % 2 * 4)) & 15u) * scale;
+            }
+        }
+    } else if (args->transposed) {
+        for (int k = 0; k < GROUP; k++) {
+            const floatX* line = args->tensor + (size_t)(c0 + k) * rows + r0;
+            for (int l = 0; l < lanes; l++) {
+                tile->v[k][l] = floatX_to_f32(line[l]);
+            }
+        }
+    } else {
+        for (int l = 0; l < lanes; l++) {
+            const floatX* line = args->tensor + (size_t)(r0 + l) * cols + c0;
+            for (int k = 0; k < GROUP; k++) {
+                tile->v[k][l] = floatX_to_f32(line[k]);
+            }
+        }
+    }
+}
+
+// v = H v, each lane on its own
+static void tile_hadamard(Tile* tile) {
+    for (int h = 1; h < GROUP; h *= 2) {
+        for (int k = 0; k < GROUP; k++) {
+            if (!(k & h)) {
+                float *a = tile->v[k], *b = tile->v[k + h];
+                for (int l = 0; l < LANES; l++) {
+                    float sum = a[l] + b[l], difference = a[l] - b[l];
+                    a[l] = sum;
+                    b[l] = difference;
+                }
+            }
+        }
+    }
+    for (int k = 0; k < GROUP; k++) {
+        for (int l = 0; l < LANES; l++) {
+            tile->v[k][l] *= HADAMARD_SCALE;
+        }
+    }
+}
+
+static void tile_flip_signs(Tile* tile, uint32_t word) {
+    for (int k = 0; k < GROUP; k++) {
+        uint32_t flip = (word >> k & 1u) << 31;
+        for (int l = 0; l < LANES; l++) {
+            tile->v[k][l] = f32_from_bits(f32_bits(tile->v[k][l]) ^ flip);
+        }
+    }
+}
+
+// sum over the 32 values by adjacent pairs
+static void tile_sum(float* sum, float pairs[GROUP][LANES]) {
+    for (int h = 1; h < GROUP; h *= 2) {
+        for (int k = 0; k < GROUP; k += 2 * h) {
+            for (int l = 0; l < LANES; l++) {
+                pairs[k][l] += pairs[k + h][l];
+            }
+        }
+    }
+    memcpy(sum, pairs[0], sizeof(float) * LANES);
+}
+
+static void tile_quest(Tile* tile) {
+    float pairs[GROUP][LANES], s1[LANES], s2[LANES], inverse[LANES];
+    memcpy(pairs, tile->v, sizeof pairs);
+    tile_sum(s1, pairs);
+    for (int k = 0; k < GROUP; k++) {
+        for (int l = 0; l < LANES; l++) {
+            pairs[k][l] = tile->v[k][l] * tile->v[k][l];
+        }
+    }
+    tile_sum(s2, pairs);
+    for (int l = 0; l < LANES; l++) {
+        float mean = s1[l] * 0.03125f;
+        float variance = s2[l] * 0.03125f - mean * mean;
+        variance = variance < 0.0f ? 0.0f : variance;
+        float v = sqrtf(variance) * QUEST_SCALE + QUEST_EPSILON;
+        uint32_t exponent = f32_bits(v) >> 23;  // 255 where v is NaN or infinite: the NaN scale
+        tile->scale[l] = exponent;
+        inverse[l] = exponent == UE8M0_NAN ? 0.0f : f32_from_bits((254u - exponent) << 23);
+        tile->mask[l] = 0;
+    }
+    for (int k = 0; k < GROUP; k++) {
+        for (int l = 0; l < LANES; l++) {
+            float x = tile->v[k][l] * inverse[l];
+            uint32_t broken = tile->scale[l] == UE8M0_NAN;
+            uint32_t code = f32_to_e2m1(x);
+            uint32_t inside = (f32_bits(x) & 0x7fffffffu) < f32_bits(6.0f);
+            tile->code[k][l] = broken ? 0u : code;
+            tile->mask[l] |= (broken ? 0u : inside) << k;
+        }
+    }
+}
+
+// 3/4 x/s of every value, in place; scales of the lanes
+static void tile_absmax_scale(Tile* tile) {
+    uint32_t largest[LANES] = {0};
+    for (int k = 0; k < GROUP; k++) {
+        for (int l = 0; l < LANES; l++) {
+            uint32_t magnitude = f32_bits(tile->v[k][l]) & 0x7fffffffu;  // orders like the value; NaN above infinity
+            largest[l] = magnitude > largest[l] ? magnitude : largest[l];
+        }
+    }
+    float inverse[LANES];
+    for (int l = 0; l < LANES; l++) {
+        int exponent = f32_biased_exponent(f32_from_bits(largest[l])) - 2;
+        uint32_t byte = largest[l] == 0 || exponent < 0 ? 0u : (uint32_t)exponent;
+        tile->scale[l] = largest[l] >= 0x7f800000u ? UE8M0_NAN : byte;
+        inverse[l] = f32_from_bits((254u - byte) << 23);
+    }
+    for (int k = 0; k < GROUP; k++) {
+        for (int l = 0; l < LANES; l++) {
+            tile->v[k][l] = tile->v[k][l] * inverse[l] * 0.75f;
+        }
+    }
+}
+
+static void tile_absmax_nearest(Tile* tile) {
+    for (int k = 0; k < GROUP; k++) {
+        for (int l = 0; l < LANES; l++) {
+            uint32_t code = f32_to_e2m1(tile->v[k][l]);
+            tile->code[k][l] = tile->scale[l] == UE8M0_NAN ? 0u : code;
+        }
+    }
+}
+
+static void tile_absmax_stochastic(Tile* tile, const QuantizeArgs* args, int r0, int c0, int lanes) {
+    memset(tile->code, 0, sizeof tile->code);
+    for (int l = 0; l < lanes; l++) {
+        size_t first = (size_t)(r0 + l) * args->out->cols + c0;
+        for (int k = 0; k < GROUP; k += 8) {
+            Philox random = philox(args->seed, args->round_index + (first + k) / 8, args->round_stream);
+            for (int j = 0; j < 8; j++) {
+                uint32_t bits = random.w[j / 2] >> (j % 2 * 16) & 0xffffu;
+                uint32_t code = f32_to_e2m1_stochastic(tile->v[k + j][l], bits);
+                tile->code[k + j][l] = tile->scale[l] == UE8M0_NAN ? 0u : code;
+            }
+        }
+    }
+}
+
+static void tile_store(const Tile* tile, QTensor* out, int r0, int c0, int lanes) {
+    uint8_t packed[GROUP / 2][LANES];
+    for (int k = 0; k < GROUP / 2; k++) {
+        for (int l = 0; l < LANES; l++) {
+            packed[k][l] = (uint8_t)(tile->code[2 * k][l] | tile->code[2 * k + 1][l] << 4);
+        }
+    }
+    for (int l = 0; l < lanes; l++) {
+        size_t group = ((size_t)(r0 + l) * out->cols + c0) / GROUP;
+        uint8_t* codes = out->codes + group * (GROUP / 2);
+        for (int k = 0; k < GROUP / 2; k++) {
+            codes[k] = packed[k][l];
+        }
+        out->scales[group] = (uint8_t)tile->scale[l];
+        if (out->mask) {
+            out->mask[group] = tile->mask[l];
+        }
+    }
+}
+
+// reference is the rotated input; the tile holds codes and scales
+static void tile_stats(QuantStats* stats, const Tile* tile, float reference[GROUP][LANES], float owed, int lanes) {
+    double error_sq = 0, input_sq = 0, clipped = 0, zero = 0;
+    for (int k = 0; k < GROUP; k++) {
+        for (int l = 0; l < lanes; l++) {
+            float x = reference[k][l];
+            float error = e2m1_to_f32(tile->code[k][l]) * ue8m0_to_f32(tile->scale[l]) * owed - x;
+            error_sq += (double)error * error;
+            input_sq += (double)x * x;
+            zero += (tile->code[k][l] & 7u) == 0;
+            clipped += !(tile->mask[l] >> k & 1u);
+        }
+    }
+    stats->error_sq += error_sq;
+    stats->input_sq += input_sq;
+    stats->zero += zero;
+    stats->clipped += clipped;
+    stats->count += (double)GROUP * lanes;
+}
+
+static int cpu_quantize_supports(const QuantSpec* spec) {
+    if (spec->format == FORMAT_FLOATX) {
+        return spec->scale == SCALE_NONE && spec->rotation == ROTATE_NONE;
+    }
+    return spec->format == FORMAT_MXFP4 && spec->group == GROUP &&
+           (spec->scale == SCALE_ABSMAX ||
+            (spec->scale == SCALE_QUEST && spec->rounding == ROUND_NEAREST && spec->source == SOURCE_TENSOR));
+}
+
+static void quantize_tile(const QuantizeArgs* args, int r0, int c0) {
+    QTensor* out = args->out;
+    int lanes = min_int(LANES, out->rows - r0);
+    Tile tile;
+    tile_load(&tile, args, r0, c0, lanes);
+    if (args->spec.rotation == ROTATE_SIGNED) {
+        tile_flip_signs(&tile, sign_word(args->seed, args->sign_stream, args->sign_index, c0 / GROUP));
+    }
+    if (args->spec.rotation != ROTATE_NONE) {
+        tile_hadamard(&tile);
+    }
+    float reference[GROUP][LANES];
+    if (args->stats) {
+        memcpy(reference, tile.v, sizeof reference);
+    }
+    if (args->spec.scale == SCALE_QUEST) {
+        tile_quest(&tile);
+    } else {
+        tile_absmax_scale(&tile);
+        if (args->spec.rounding == ROUND_STOCHASTIC) {
+            tile_absmax_stochastic(&tile, args, r0, c0, lanes);
+        } else {
+            tile_absmax_nearest(&tile);
+        }
+        memset(tile.mask, 0xff, sizeof tile.mask);
+    }
+    tile_store(&tile, out, r0, c0, lanes);
+    if (args->stats) {
+        QuantStats local = {0, 0, 0, 0, 0};
+        tile_stats(&local, &tile, reference, out->owed, lanes);
+#pragma omp critical(quantize_stats)
+        {
+            args->stats->error_sq += local.error_sq;
+            args->stats->input_sq += local.input_sq;
+            args->stats->clipped += local.clipped;
+            args->stats->zero += local.zero;
+            args->stats->count += local.count;
+        }
+    }
+}
+
+static void cpu_quantize(const QuantizeArgs* args) {
+    QTensor* out = args->out;
+    check(cpu_quantize_supports(&args->spec) && out->format == FORMAT_MXFP4, "internal: quantizer without an implementation");
+    check(out->cols % GROUP == 0, "contraction dimension %d is not a multiple of %d, which MXFP4 groups need", out->cols,
+          GROUP);
+    if (args->spec.source == SOURCE_SAVED) {
+        check(args->saved && args->saved->rows == out->cols && args->saved->cols == out->rows && out->rows % GROUP == 0,
+              "internal: the saved operand is not (%d, %d)", out->cols, out->rows);
+    }
+    int row_tiles = (int)ceil_div(out->rows, LANES), blocks = out->cols / GROUP;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int tile = 0; tile < row_tiles; tile++) {
+        for (int block = 0; block < blocks; block++) {
+            quantize_tile(args, tile * LANES, block * GROUP);
+        }
+    }
+}
+
+// x = H (x * mask), f32, 32 values: undoes mask and rotation of one group
+static inline void unrotate_group(float* x, uint32_t mask) {
+    for (int k = 0; k < GROUP; k++) {
+        x[k] = mask >> k & 1u ? x[k] : 0.0f;
+    }
+    for (int h = 1; h < GROUP; h *= 2) {
+        float y[GROUP];
+        for (int k = 0; k < GROUP; k++) {
+            y[k] = k & h ? x[k ^ h] - x[k] : x[k] + x[k ^ h];
+        }
+        memcpy(x, y, sizeof y);
+    }
+    for (int k = 0; k < GROUP; k++) {
+        x[k] *= HADAMARD_SCALE;
+    }
+}
+
+static void cpu_unrotate_f32(float* x, const uint32_t* mask, int rows, int cols) {
+#pragma omp parallel for schedule(static)
+    for (int row = 0; row < rows; row++) {
+        for (int b = 0; b < cols / GROUP; b++) {
+            size_t group = (size_t)row * (cols / GROUP) + b;
+            unrotate_group(x + group * GROUP, mask ? mask[group] : ~0u);
+        }
+    }
+}
+
+static void cpu_unrotate(floatX* x, const uint32_t* mask, int rows, int cols) {
+#pragma omp parallel for schedule(static)
+    for (int row = 0; row < rows; row++) {
+        for (int b = 0; b < cols / GROUP; b++) {
+            size_t group = (size_t)row * (cols / GROUP) + b;
+            float values[GROUP];
+            for (int k = 0; k < GROUP; k++) {
+                values[k] = floatX_to_f32(x[group * GROUP + k]);
+            }
+            unrotate_group(values, mask ? mask[group] : ~0u);
+            for (int k = 0; k < GROUP; k++) {
+                x[group * GROUP + k] = f32_to_floatX(values[k]);
+            }
+        }
+    }
+}

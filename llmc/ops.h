@@ -1,0 +1,95 @@
+// ops.h: every operation of the program, one row each. A backend (cpu, cuda) fills one struct Ops; the model sees nothing else.
+//
+// Conventions: outputs first, then inputs, then sizes. `=` overwrites and `+=` accumulates, as each row says: weight gradients
+// accumulate, all else overwrites. Tensors are contiguous, the last index runs fastest. Activations and parameters are floatX,
+// gradients of parameters and optimizer state f32, statistics f32; all sums are in f32 or better.
+//   B batch rows, T time, BT = B*T tokens, C channels, F ffn width, NH query heads, NKV key/value heads, HS head size, V vocabulary.
+//   qkv (B, T, (NH + 2 NKV) * HS): the query heads, then the key heads, then the value heads of each token.
+// In-place use is allowed where a row says so and nowhere else.
+#pragma once
+#include "quant.h"
+
+typedef struct { int B, T, NH, NKV, HS; } AttentionShape;
+
+typedef enum { OUT_FLOATX, OUT_F32 } OutType;
+
+// out (M, N) [+]= alpha * owed * decode(a) (M, K) . decode(b) (N, K)^T
+typedef struct {
+    void* out;
+    OutType out_type;
+    int accumulate;  // out_type F32 only
+    const QTensor *a, *b;
+    float alpha;
+} GemmArgs;
+
+typedef struct {
+    floatX* param;       // = rounded master
+    float *master, *m, *v;
+    const float* grad;
+    size_t count;
+    float lr, beta1, beta2, eps, weight_decay;
+    float grad_scale;    // multiplies every gradient: the clip factor
+    int64_t t;           // update number, from 1: bias correction
+} AdamwArgs;
+
+typedef struct Ops {
+    const char* name;
+
+    // memory on the device; alloc ends the process with exit 71 where there is none. zero and copies are in bytes.
+    void* (*alloc)(size_t bytes, const char* what);
+    void (*release)(void* memory);
+    void (*zero)(void* memory, size_t bytes);
+    void (*copy_to_device)(void* device, const void* host, size_t bytes);
+    void (*copy_to_host)(void* host, const void* device, size_t bytes);
+
+    // out (BT, C) = weight[token]; weight (V, C)
+    void (*embedding_forward)(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C);
+    // dweight (V, C) += the rows of dout (BT, C) that stand at each token, in token order
+    void (*embedding_backward)(float* dweight, const floatX* dout, const int32_t* tokens, int BT, int C);
+
+    // out (BT, C) = inp / rms(inp) * weight, rms = sqrt(mean(inp^2) + eps); rstd (BT) = 1/rms is kept for backward
+    void (*rmsnorm_forward)(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C, float eps);
+    // dinp (BT, C) = dresidual (or 0 where NULL) + gradient of inp; may be in place on dresidual. dweight (C) +=
+    void (*rmsnorm_backward)(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual, const floatX* inp,
+                             const floatX* weight, const float* rstd, int BT, int C);
+
+    // out = a + b, n elements; may be in place on either
+    void (*add)(floatX* out, const floatX* a, const floatX* b, size_t n);
+
+    // rotate the query and key heads of qkv in place by the angles of positions first_position + t: HF half-split pairs
+    // (j, j + HS/2). table (positions, HS/2, 2) holds cos, sin. inverse = 1 turns back, which is the backward pass.
+    void (*rope)(floatX* qkv, const float* table, AttentionShape shape, int first_position, int inverse);
+
+    // causal attention: out (B, T, NH*HS) = softmax(q k^T / sqrt(HS)) v; lse (B, NH, T) = log sum exp, kept for backward
+    void (*attention_forward)(floatX* out, float* lse, const floatX* qkv, AttentionShape shape);
+    // dqkv = gradient of qkv
+    void (*attention_backward)(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
+                               AttentionShape shape);
+    // decoding, B = 1: append the keys and values of shape.T new tokens to caches (position, NKV*HS) and attend to all
+    void (*attention_cached)(floatX* out, floatX* key_cache, floatX* value_cache, const floatX* qkv, AttentionShape shape,
+                             int first_position);
+
+    // out (BT, F) = silu(gate) * up, inp (BT, 2F) = gate, up
+    void (*swiglu_forward)(floatX* out, const floatX* inp, int BT, int F);
+    // dinp (BT, 2F) =
+    void (*swiglu_backward)(floatX* dinp, const floatX* dout, const floatX* inp, int BT, int F);
+
+    // losses (rows) = -log softmax(logits)[target] in nats; where with_grad, logits (rows, V) becomes its gradient times
+    // grad_scale, in place
+    void (*crossentropy)(float* losses, floatX* logits, const int32_t* targets, int rows, int V, float grad_scale,
+                         int with_grad);
+
+    // codes, scales and mask of one operand; the arithmetic is pinned, results are bit-equal between backends
+    void (*quantize)(const QuantizeArgs* args);
+    // can this backend compute that spec?
+    int (*quantize_supports)(const QuantSpec* spec);
+    void (*gemm)(const GemmArgs* args);
+    // x (rows, cols) = H (x * mask) in place: undoes trust mask and rotation of a gradient that lies in rotated space
+    void (*unrotate)(floatX* x, const uint32_t* mask, int rows, int cols);
+    void (*unrotate_f32)(float* x, const uint32_t* mask, int rows, int cols);
+
+    // sum of squares, deterministic: the order does not depend on the number of threads
+    double (*sum_squares)(const float* x, size_t n);
+    // one AdamW update with decoupled weight decay (Loshchilov & Hutter 2019)
+    void (*adamw)(const AdamwArgs* args);
+} Ops;

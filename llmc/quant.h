@@ -1,0 +1,126 @@
+// quant.h: what it means to quantize an operand of a linear layer, and how the result lies in memory.
+//
+// A QuantSpec says what is computed; a QTensor holds the result. An operand is always (rows, cols) with cols the contraction
+// dimension K of its GEMM, so groups, rotations and packing all run along contiguous memory. Sources that lie the other way
+// round are read transposed by the quantizer.
+//   MXFP4: packed e2m1 codes, two a byte (even column in the low nibble); one ue8m0 scale per 32 columns; where the rule has a
+//          trust mask, one bit per element (bit j of a word is column j of the group). 4 + 8/32 + 1 bits an element.
+//   FLOATX: no data of its own, a view of a floatX tensor (the bf16 recipe), with a flag where it lies transposed.
+#pragma once
+#include "dtypes.h"
+#include "rand.h"
+
+#define GROUP 32  // elements of an MXFP4 group and of a rotation block
+
+typedef enum { FORMAT_FLOATX, FORMAT_E4M3, FORMAT_E5M2, FORMAT_MXFP4, FORMAT_NVFP4 } Format;
+
+typedef enum {
+    SCALE_NONE,
+    SCALE_TENSOR_ABSMAX,  // one f32 scale, largest magnitude to the largest code (fp8)
+    SCALE_ROW_ABSMAX,     // one f32 scale a row (fp8)
+    SCALE_QUEST,          // Gaussian-optimal power of two, trust mask |x/s| < 6 (Quartet, forward)
+    SCALE_ABSMAX,         // 2^(floor(log2 max|x|) - 2), codes of 3/4 x/s: the product owes 4/3 (Quartet, backward)
+    SCALE_ABSMAX_UE4M3,   // e4m3 scale per 16, f32 scale per tensor (NVFP4)
+} ScaleRule;
+
+typedef enum { ROTATE_NONE, ROTATE_HADAMARD, ROTATE_SIGNED } Rotation;  // x | H x | H (signs * x), blocks of 32 along K
+
+typedef enum { ROUND_NEAREST, ROUND_STOCHASTIC, ROUND_OPTION } Rounding;  // OPTION: what --bwd-rounding says
+
+typedef enum { SOURCE_TENSOR, SOURCE_SAVED } Source;  // the tensor itself | the dequantized forward operand
+
+typedef struct {
+    Format format;
+    ScaleRule scale;
+    Rotation rotation;
+    Rounding rounding;
+    int group;      // elements that share a scale; 0: see the scale rule
+    Source source;  // backward operands of x and w only
+} QuantSpec;
+
+typedef struct {
+    Format format;
+    int rows, cols;         // cols is K
+    float owed;             // the decoded value is owed this factor; the GEMM multiplies it in
+    uint8_t* codes;         // MXFP4: rows * cols / 2 bytes
+    uint8_t* scales;        // MXFP4: rows * cols / 32 bytes
+    uint32_t* mask;         // rows * cols / 32 words, or NULL where the rule has no trust mask
+    const floatX* dense;    // FLOATX: the tensor that this is a view of
+    int transposed;         // FLOATX: dense lies as (cols, rows)
+} QTensor;
+
+// Sums over the elements of one operand, for telemetry: error = |decoded - rotated input|
+typedef struct { double error_sq, input_sq, clipped, zero, count; } QuantStats;
+
+// One call of ops->quantize. The source is (rows, cols), or (cols, rows) where transposed.
+typedef struct {
+    QTensor* out;
+    QuantSpec spec;          // rounding already resolved
+    const floatX* tensor;    // SOURCE_TENSOR
+    const QTensor* saved;    // SOURCE_SAVED, always read transposed
+    int transposed;
+    uint64_t seed;           // of signs and rounding; they are functions of (seed, stream, index)
+    uint64_t sign_stream;    // word b of philox(seed, sign_index + b/4, sign_stream), b the block: bit j set = minus
+    uint64_t sign_index;
+    uint64_t round_stream;   // 16 bits an element, eight to a Philox call: element/8 + round_index
+    uint64_t round_index;
+    QuantStats* stats;       // added to; or NULL
+} QuantizeArgs;
+
+// Bytes of a quantized operand's parts. cols % 32 == 0.
+static inline size_t qtensor_codes_bytes(int rows, int cols) { return (size_t)rows * cols / 2; }
+static inline size_t qtensor_scales_bytes(int rows, int cols) { return (size_t)rows * cols / GROUP; }
+static inline size_t qtensor_mask_bytes(int rows, int cols) { return (size_t)rows * cols / GROUP * sizeof(uint32_t); }
+
+static inline size_t qtensor_bytes(const QuantSpec* spec, int rows, int cols) {
+    if (spec->format != FORMAT_MXFP4) {
+        return 0;
+    }
+    return qtensor_codes_bytes(rows, cols) + qtensor_scales_bytes(rows, cols) +
+           (spec->scale == SCALE_QUEST ? qtensor_mask_bytes(rows, cols) : 0);
+}
+
+// Lay a QTensor of that spec over memory of qtensor_bytes. Masks come first: they want 4-byte alignment.
+static inline QTensor qtensor_at(const QuantSpec* spec, int rows, int cols, void* memory) {
+    QTensor q = {.format = spec->format, .rows = rows, .cols = cols, .owed = 1.0f, .codes = NULL, .scales = NULL,
+                 .mask = NULL, .dense = NULL, .transposed = 0};
+    if (spec->format == FORMAT_MXFP4) {
+        uint8_t* at = (uint8_t*)memory;
+        if (spec->scale == SCALE_QUEST) {
+            q.mask = (uint32_t*)at;
+            at += qtensor_mask_bytes(rows, cols);
+        }
+        q.codes = at;
+        q.scales = at + qtensor_codes_bytes(rows, cols);
+        q.owed = spec->scale == SCALE_ABSMAX ? 4.0f / 3.0f : 1.0f;
+    }
+    return q;
+}
+
+// A floatX tensor as an operand: (rows, cols), lying as (cols, rows) where transposed
+static inline QTensor qtensor_view(const floatX* tensor, int rows, int cols, int transposed) {
+    QTensor q = {.format = FORMAT_FLOATX, .rows = rows, .cols = cols, .owed = 1.0f, .codes = NULL, .scales = NULL,
+                 .mask = NULL, .dense = tensor, .transposed = transposed};
+    return q;
+}
+
+// The value of one element, before the owed factor. The readable definition; backends decode in bulk.
+static inline float qtensor_decode(const QTensor* q, int row, int col) {
+    if (q->format == FORMAT_FLOATX) {
+        return floatX_to_f32(q->dense[q->transposed ? (size_t)col * q->rows + row : (size_t)row * q->cols + col]);
+    }
+    size_t i = (size_t)row * q->cols + col;
+    uint32_t code = (q->codes[i / 2] >> (i % 2 * 4)) & 15u;
+    return e2m1_to_f32(code) * ue8m0_to_f32(q->scales[i / GROUP]);
+}
+
+// The sign word of rotation block b: bit j set means that element j of the block changes its sign
+static HOST_DEVICE inline uint32_t sign_word(uint64_t seed, uint64_t stream, uint64_t index, int b) {
+    return philox(seed, index + (uint64_t)(b / 4), stream).w[b % 4];
+}
+
+// The 16 random bits of element i
+static HOST_DEVICE inline uint32_t round_bits(uint64_t seed, uint64_t stream, uint64_t index, size_t i) {
+    uint32_t word = philox(seed, index + i / 8, stream).w[i % 8 / 2];
+    return i % 2 ? word >> 16 : word & 0xffffu;
+}
