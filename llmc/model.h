@@ -1,0 +1,459 @@
+// model.h: the Llama. Memory, forward and backward, in terms of ops.h and linear.h only: no backend and no recipe is named here.
+//
+//   x_0 = embed(tokens);  for each block: a = x + o(attention(rope(qkv(norm1(x)))));  x' = a + down(swiglu(gate_up(norm2(a))))
+//   loss = mean crossentropy(lm_head(norm(x_L)), targets)
+// The head and the cross-entropy run over chunks of rows, so that logits are never (BT, V) at once; in training each chunk makes its
+// gradient at once, and backward starts from dfinal.
+// Every buffer is cut from one layout function, model_layout: with memory it assigns, without it counts (--plan), so the two
+// cannot differ.
+#pragma once
+#include "linear.h"
+#include "model_config.h"
+
+// kept from forward for backward, one a block
+typedef struct {
+    floatX* inp;         // (BT, C) residual stream at the block's entry
+    float* rstd1;        // (BT)
+    floatX* norm1;       // (BT, C), dense recipes only keep it; else all blocks share one
+    floatX* qkv;         // (BT, A + 2 KV) after rope
+    float* lse;          // (B, NH, T)
+    floatX* att;         // (BT, A)
+    floatX* mid;         // (BT, C) residual stream after attention
+    float* rstd2;        // (BT)
+    floatX* norm2;       // (BT, C), as norm1
+    floatX* gate_up;     // (BT, 2F)
+    floatX* act;         // (BT, F), as norm1
+    void* x_memory[LINEAR_KINDS];
+    QTensor x[LINEAR_KINDS];  // forward operands of the four linear layers
+} BlockActivations;
+
+typedef enum {
+    MEMORY_PARAMS, MEMORY_GRADS, MEMORY_OPTIMIZER, MEMORY_QUANTIZED_WEIGHTS, MEMORY_ACTIVATIONS, MEMORY_BACKWARD,
+    MEMORY_CLASSIFIER, MEMORY_BATCH, MEMORY_CLASSES,
+} MemoryClass;
+static const char* const MEMORY_NAMES[MEMORY_CLASSES] = {
+    "parameters", "gradients (f32)", "optimizer: master, m, v (f32)", "quantized weights", "saved activations",
+    "backward scratch", "classifier chunk", "batch",
+};
+
+typedef struct {
+    const Ops* ops;
+    ModelConfig config;
+    ParamTable table;
+    int B, T;             // rows and length of a micro-batch
+    int classifier_rows;  // rows of a chunk of logits
+
+    floatX* params;       // all parameters, flat
+    float *grads, *master, *m, *v;
+    LinearContext linear;
+    Linear* linears;      // (L, LINEAR_KINDS)
+    float* rope_table;    // (positions, HS/2, 2) cos, sin
+
+    BlockActivations* blocks;
+    floatX *out;          // (BT, C) residual stream after the last block
+    floatX *final_norm;   // (BT, C)
+    float *rstd_final, *losses;  // (BT)
+    floatX* logits;       // (classifier_rows, V), turned into its gradient in place
+    floatX* projection;   // (BT, C) output of o and down before it is added to the stream
+    floatX *dresidual, *dnorm, *dqkv, *datt, *dgate_up, *dact;
+    void* quantized_memory;
+    int32_t *inputs, *targets;
+
+    void* memory[MEMORY_CLASSES];
+    size_t memory_bytes[MEMORY_CLASSES];
+} Model;
+
+static const Param* model_param(const Model* model, ParamKind kind, int layer) {
+    return param_at(&model->table, kind, layer);
+}
+static floatX* model_weight(const Model* model, ParamKind kind, int layer) {
+    return model->params + model_param(model, kind, layer)->offset;
+}
+static float* model_grad(const Model* model, ParamKind kind, int layer) {
+    return model->grads + model_param(model, kind, layer)->offset;
+}
+
+static AttentionShape attention_shape(const Model* model, int B, int T) {
+    return (AttentionShape){.B = B, .T = T, .NH = model->config.NH, .NKV = model->config.NKV, .HS = model->config.HS};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// memory
+
+typedef struct { char* base; size_t used; } Arena;
+
+// bytes, 256-byte aligned; NULL where the arena only counts
+static void* arena_take(Arena* arena, size_t bytes) {
+    void* at = arena->base ? arena->base + arena->used : NULL;
+    arena->used += (size_t)round_up((int64_t)bytes, 256);
+    return at;
+}
+
+// columns C and rows OC of a linear layer
+static void linear_shape(const ModelConfig* m, LinearKind kind, int* C, int* OC) {
+    int A = m->NH * m->HS, KV = m->NKV * m->HS;
+    int in[] = {m->C, A, m->C, m->F}, out[] = {A + 2 * KV, m->C, 2 * m->F, m->C};
+    *C = in[kind];
+    *OC = out[kind];
+}
+
+static void model_layout_activations(Model* model, Arena* arena) {
+    const ModelConfig* m = &model->config;
+    const Recipe* recipe = model->linear.recipe;
+    size_t BT = (size_t)model->B * model->T, A = (size_t)m->NH * m->HS, KV = (size_t)m->NKV * m->HS;
+    int dense = recipe->x.format == FORMAT_FLOATX;
+    floatX *norm = NULL, *act = NULL;
+    if (!dense) {
+        norm = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+        act = (floatX*)arena_take(arena, BT * m->F * sizeof(floatX));
+    }
+    for (int l = 0; l < m->L; l++) {
+        BlockActivations* b = &model->blocks[l];
+        b->inp = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+        b->rstd1 = (float*)arena_take(arena, BT * sizeof(float));
+        b->norm1 = dense ? (floatX*)arena_take(arena, BT * m->C * sizeof(floatX)) : norm;
+        b->qkv = (floatX*)arena_take(arena, BT * (A + 2 * KV) * sizeof(floatX));
+        b->lse = (float*)arena_take(arena, BT * m->NH * sizeof(float));
+        b->att = (floatX*)arena_take(arena, BT * A * sizeof(floatX));
+        b->mid = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+        b->rstd2 = (float*)arena_take(arena, BT * sizeof(float));
+        b->norm2 = dense ? (floatX*)arena_take(arena, BT * m->C * sizeof(floatX)) : norm;
+        b->gate_up = (floatX*)arena_take(arena, BT * 2 * m->F * sizeof(floatX));
+        b->act = dense ? (floatX*)arena_take(arena, BT * m->F * sizeof(floatX)) : act;
+        for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+            int C, OC;
+            linear_shape(m, (LinearKind)kind, &C, &OC);
+            b->x_memory[kind] = arena_take(arena, qtensor_bytes(&recipe->x, (int)BT, C));
+        }
+    }
+    model->out = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+    model->final_norm = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+    model->rstd_final = (float*)arena_take(arena, BT * sizeof(float));
+    model->losses = (float*)arena_take(arena, BT * sizeof(float));
+    model->projection = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+    model->rope_table = (float*)arena_take(arena, (size_t)m->max_positions * m->HS * sizeof(float));
+}
+
+static void model_layout_backward(Model* model, Arena* arena) {
+    const ModelConfig* m = &model->config;
+    size_t BT = (size_t)model->B * model->T, A = (size_t)m->NH * m->HS, KV = (size_t)m->NKV * m->HS;
+    model->dresidual = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+    model->dnorm = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+    model->dqkv = (floatX*)arena_take(arena, BT * (A + 2 * KV) * sizeof(floatX));
+    model->datt = (floatX*)arena_take(arena, BT * A * sizeof(floatX));
+    model->dgate_up = (floatX*)arena_take(arena, BT * 2 * m->F * sizeof(floatX));
+    model->dact = (floatX*)arena_take(arena, BT * m->F * sizeof(floatX));
+    size_t operand = 0;
+    for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+        int C, OC;
+        linear_shape(m, (LinearKind)kind, &C, &OC);
+        operand = max_size(operand, linear_scratch_bytes(model->linear.recipe, (int)BT, C, OC));
+    }
+    model->linear.operand_a = arena_take(arena, operand);
+    model->linear.operand_b = arena_take(arena, operand);
+}
+
+static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
+    const ModelConfig* m = &model->config;
+    size_t BT = (size_t)model->B * model->T, N = model->table.elements;
+    switch (kind) {
+    case MEMORY_PARAMS: model->params = (floatX*)arena_take(arena, N * sizeof(floatX)); break;
+    case MEMORY_GRADS: model->grads = (float*)arena_take(arena, N * sizeof(float)); break;
+    case MEMORY_OPTIMIZER:
+        model->master = (float*)arena_take(arena, N * sizeof(float));
+        model->m = (float*)arena_take(arena, N * sizeof(float));
+        model->v = (float*)arena_take(arena, N * sizeof(float));
+        break;
+    case MEMORY_QUANTIZED_WEIGHTS: {
+        size_t bytes = 0;
+        for (int i = 0; i < LINEAR_KINDS; i++) {
+            int C, OC;
+            linear_shape(m, (LinearKind)i, &C, &OC);
+            bytes += (size_t)round_up((int64_t)qtensor_bytes(&model->linear.recipe->w, OC, C), 256);
+        }
+        model->quantized_memory = arena_take(arena, bytes * m->L);
+        break;
+    }
+    case MEMORY_ACTIVATIONS: model_layout_activations(model, arena); break;
+    case MEMORY_BACKWARD: model_layout_backward(model, arena); break;
+    case MEMORY_CLASSIFIER: model->logits = (floatX*)arena_take(arena, (size_t)model->classifier_rows * m->V * sizeof(floatX)); break;
+    case MEMORY_BATCH:
+        model->inputs = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
+        model->targets = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
+        break;
+    case MEMORY_CLASSES: break;
+    }
+}
+
+// rows of logits worked on at once: about 32 MiB of them
+static int classifier_chunk_rows(int BT, int V) {
+    int64_t rows = (32 << 20) / ((int64_t)V * (int64_t)sizeof(floatX));
+    return (int)max_i64(1, min_i64(BT, rows >= 64 ? rows / 64 * 64 : rows));
+}
+
+// What no backend can do with this recipe, shape or batch is said here, before anything is allocated.
+static void model_check(const Model* model) {
+    const ModelConfig* m = &model->config;
+    const Recipe* recipe = model->linear.recipe;
+    const QuantSpec* specs[] = {&recipe->x, &recipe->w, &recipe->dy, &recipe->wt, &recipe->dyt, &recipe->xt};
+    const char* fault = recipe_fault(recipe);
+    check(!fault, "internal: recipe %s: %s", recipe->name, fault);
+    for (int i = 0; i < 6; i++) {
+        check_or(model->ops->quantize_supports(specs[i]), EXIT_USAGE, "--recipe %s needs a quantizer that device %s does not have",
+                 recipe->name, model->ops->name);
+    }
+    if (recipe->x.format == FORMAT_FLOATX) {
+        return;
+    }
+    for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+        int C, OC;
+        linear_shape(m, (LinearKind)kind, &C, &OC);
+        check_or(C % GROUP == 0 && OC % GROUP == 0, EXIT_USAGE,
+                 "--recipe %s needs sizes that are multiples of %d, but the %s layer is %d x %d; change --channels, --ffn or "
+                 "--heads", recipe->name, GROUP, LINEAR_NAMES[kind], OC, C);
+    }
+    check_or((int64_t)model->B * model->T % GROUP == 0, EXIT_USAGE,
+             "--recipe %s needs a micro-batch of a multiple of %d tokens, but --batch-size %d x --seq-len %d is %d",
+             recipe->name, GROUP, model->B, model->T, model->B * model->T);
+}
+
+// Shapes and memory sizes; nothing is allocated but the tables. B rows of T tokens a micro-batch.
+static void model_prepare(Model* model, const Ops* ops, const ModelConfig* config, const Recipe* recipe, int B, int T) {
+    memset(model, 0, sizeof *model);
+    model->ops = ops;
+    model->config = *config;
+    model->table = param_table(config);
+    model->B = B;
+    model->T = T;
+    model->classifier_rows = classifier_chunk_rows(B * T, config->V);
+    model->linear.ops = ops;
+    model->linear.recipe = recipe;
+    model_check(model);
+    model->blocks = (BlockActivations*)calloc_or_die(sizeof(BlockActivations) * (size_t)config->L, "block table");
+    model->linears = (Linear*)calloc_or_die(sizeof(Linear) * (size_t)config->L * LINEAR_KINDS, "linear table");
+    for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
+        Arena arena = {NULL, 0};
+        model_layout(model, (MemoryClass)kind, &arena);
+        model->memory_bytes[kind] = arena.used;
+    }
+}
+
+// cos and sin of position * theta^(-2j/HS), the frequencies stretched as Llama 3.1 does where rope_scaling says so: wavelengths
+// longer than original/low are divided by factor, those shorter than original/high stay, between them it is linear in 1/wavelength
+static void rope_table_fill(float* table, const ModelConfig* m) {
+    for (int j = 0; j < m->HS / 2; j++) {
+        double frequency = pow(m->rope_theta, -2.0 * j / m->HS);
+        if (m->rope_factor > 0) {
+            double turns = m->rope_original * frequency / 6.283185307179586;  // original length in wavelengths
+            double blend = (turns - m->rope_low) / (m->rope_high - m->rope_low);
+            blend = blend < 0 ? 0 : blend > 1 ? 1 : blend;
+            frequency = (1 - blend) * frequency / m->rope_factor + blend * frequency;
+        }
+        for (int t = 0; t < m->max_positions; t++) {
+            table[((size_t)t * (m->HS / 2) + j) * 2] = (float)cos(t * frequency);
+            table[((size_t)t * (m->HS / 2) + j) * 2 + 1] = (float)sin(t * frequency);
+        }
+    }
+}
+
+static void model_bind_linears(Model* model) {
+    const ParamKind first[] = {P_Q, P_O, P_GATE, P_DOWN};
+    for (int l = 0; l < model->config.L; l++) {
+        for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+            Linear* linear = &model->linears[l * LINEAR_KINDS + kind];
+            linear->kind = (LinearKind)kind;
+            linear->layer = l;
+            linear_shape(&model->config, linear->kind, &linear->C, &linear->OC);
+            linear->weight = model_weight(model, first[kind], l);
+            linear->dweight = model_grad(model, first[kind], l);
+        }
+    }
+}
+
+static void model_allocate(Model* model) {
+    for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
+        Arena arena = {(char*)model->ops->alloc(model->memory_bytes[kind], MEMORY_NAMES[kind]), 0};
+        model->memory[kind] = arena.base;
+        model_layout(model, (MemoryClass)kind, &arena);
+    }
+    model_bind_linears(model);
+    size_t count = (size_t)model->config.max_positions * model->config.HS;
+    float* table = (float*)malloc_or_die(count * sizeof(float), "rope table");
+    rope_table_fill(table, &model->config);
+    model->ops->copy_to_device(model->rope_table, table, count * sizeof(float));
+    free(table);
+}
+
+static void model_free(Model* model) {
+    for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
+        model->ops->release(model->memory[kind]);
+    }
+    free(model->blocks);
+    free(model->linears);
+    free(model->table.list);
+}
+
+// Initial master weights from the seed, and the parameters rounded from them. Element i of a tensor is a function of (seed, tensor, i).
+static void model_init_weights(Model* model, uint64_t seed) {
+    const size_t chunk = 1 << 16;
+    float* values = (float*)malloc_or_die(chunk * sizeof(float), "initial weights");
+    floatX* rounded = (floatX*)malloc_or_die(chunk * sizeof(floatX), "initial weights");
+    for (int p = 0; p < model->table.count; p++) {
+        const Param* param = &model->table.list[p];
+        Init init = PARAM_SPECS[param->kind].init;
+        double std = init == INIT_SCALED ? 0.02 / sqrt(2.0 * model->config.L) : 0.02;
+        uint64_t stream = rand_stream(RAND_INIT, (uint64_t)(param->layer + 1), (uint64_t)param->kind, 0);
+        for (size_t begin = 0; begin < param->count; begin += chunk) {
+            int64_t n = (int64_t)(param->count - begin < chunk ? param->count - begin : chunk);
+#pragma omp parallel for schedule(static)
+            for (int64_t i = 0; i < n; i++) {
+                values[i] = init == INIT_ONE ? 1.0f : (float)(std * rand_normal(seed, begin + (size_t)i, stream));
+                rounded[i] = f32_to_floatX(values[i]);
+            }
+            model->ops->copy_to_device(model->master + param->offset + begin, values, (size_t)n * sizeof(float));
+            model->ops->copy_to_device(model->params + param->offset + begin, rounded, (size_t)n * sizeof(floatX));
+        }
+    }
+    free(values);
+    free(rounded);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// forward
+
+// forward operands of all weights; after every change of the weights
+static void model_quantize_weights(Model* model) {
+    char* at = (char*)model->quantized_memory;
+    for (int i = 0; i < model->config.L * LINEAR_KINDS; i++) {
+        Linear* linear = &model->linears[i];
+        linear_quantize_weight(&model->linear, linear, at);
+        at += round_up((int64_t)qtensor_bytes(&model->linear.recipe->w, linear->OC, linear->C), 256);
+    }
+}
+
+static void model_forward_block(Model* model, int l) {
+    const Ops* ops = model->ops;
+    const ModelConfig* m = &model->config;
+    const LinearContext* ctx = &model->linear;
+    BlockActivations* b = &model->blocks[l];
+    const Linear* linears = model->linears + l * LINEAR_KINDS;
+    int BT = model->B * model->T;
+    AttentionShape shape = attention_shape(model, model->B, model->T);
+    floatX* next = l + 1 < m->L ? model->blocks[l + 1].inp : model->out;
+
+    ops->rmsnorm_forward(b->norm1, b->rstd1, b->inp, model_weight(model, P_NORM1, l), BT, m->C, (float)m->rms_eps);
+    linear_forward(ctx, &linears[LINEAR_QKV], b->qkv, &b->x[LINEAR_QKV], b->x_memory[LINEAR_QKV], b->norm1, BT);
+    ops->rope(b->qkv, model->rope_table, shape, 0, 0);
+    ops->attention_forward(b->att, b->lse, b->qkv, shape);
+    linear_forward(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O], b->x_memory[LINEAR_O], b->att, BT);
+    ops->add(b->mid, b->inp, model->projection, (size_t)BT * m->C);
+
+    ops->rmsnorm_forward(b->norm2, b->rstd2, b->mid, model_weight(model, P_NORM2, l), BT, m->C, (float)m->rms_eps);
+    linear_forward(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP], b->x_memory[LINEAR_GATE_UP], b->norm2, BT);
+    ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
+    linear_forward(ctx, &linears[LINEAR_DOWN], model->projection, &b->x[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act, BT);
+    ops->add(next, b->mid, model->projection, (size_t)BT * m->C);
+}
+
+// losses of all rows; where with_grad, dnorm (BT, C) = gradient of final_norm and the head's gradient +=
+static void model_classifier(Model* model, float grad_scale, int with_grad) {
+    const Ops* ops = model->ops;
+    const ModelConfig* m = &model->config;
+    ParamKind head = m->tied ? P_EMBED : P_HEAD;
+    int BT = model->B * model->T;
+    QTensor weight = qtensor_view(model_weight(model, head, -1), m->V, m->C, 0);
+    QTensor weight_t = qtensor_view(model_weight(model, head, -1), m->C, m->V, 1);
+    for (int row = 0; row < BT; row += model->classifier_rows) {
+        int rows = min_int(model->classifier_rows, BT - row);
+        const floatX* x = model->final_norm + (size_t)row * m->C;
+        QTensor inp = qtensor_view(x, rows, m->C, 0);
+        GemmArgs forward = {.out = model->logits, .out_type = OUT_FLOATX, .accumulate = 0, .a = &inp, .b = &weight, .alpha = 1.0f};
+        ops->gemm(&forward);
+        ops->crossentropy(model->losses + row, model->logits, model->targets + row, rows, m->V, grad_scale, with_grad);
+        if (with_grad) {
+            QTensor dlogits = qtensor_view(model->logits, rows, m->V, 0);
+            QTensor dlogits_t = qtensor_view(model->logits, m->V, rows, 1);
+            QTensor inp_t = qtensor_view(x, m->C, rows, 1);
+            GemmArgs input = {.out = model->dnorm + (size_t)row * m->C, .out_type = OUT_FLOATX, .accumulate = 0, .a = &dlogits,
+                              .b = &weight_t, .alpha = 1.0f};
+            ops->gemm(&input);
+            GemmArgs grad = {.out = model_grad(model, head, -1), .out_type = OUT_F32, .accumulate = 1, .a = &dlogits_t,
+                             .b = &inp_t, .alpha = 1.0f};
+            ops->gemm(&grad);
+        }
+    }
+}
+
+// Sum of the losses of a micro-batch in nats, a host number. tokens: (B*T) host arrays. grad_scale multiplies every gradient:
+// 1 / tokens of the whole step makes the step's gradient the gradient of its mean loss.
+static double model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale, int with_grad) {
+    const Ops* ops = model->ops;
+    const ModelConfig* m = &model->config;
+    size_t BT = (size_t)model->B * model->T;
+    ops->copy_to_device(model->inputs, inputs, BT * sizeof(int32_t));
+    ops->copy_to_device(model->targets, targets, BT * sizeof(int32_t));
+    ops->embedding_forward(model->blocks[0].inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
+    for (int l = 0; l < m->L; l++) {
+        model_forward_block(model, l);
+    }
+    ops->rmsnorm_forward(model->final_norm, model->rstd_final, model->out, model_weight(model, P_NORM, -1), (int)BT, m->C,
+                         (float)m->rms_eps);
+    model_classifier(model, grad_scale, with_grad);
+    float* losses = (float*)malloc_or_die(BT * sizeof(float), "losses");
+    ops->copy_to_host(losses, model->losses, BT * sizeof(float));
+    double sum = 0.0;
+    for (size_t i = 0; i < BT; i++) {
+        sum += (double)losses[i];
+    }
+    free(losses);
+    return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// backward: gradients of all parameters +=, after a model_forward with_grad of the same micro-batch
+
+static void model_backward_block(Model* model, int l) {
+    const Ops* ops = model->ops;
+    const ModelConfig* m = &model->config;
+    const LinearContext* ctx = &model->linear;
+    const BlockActivations* b = &model->blocks[l];
+    const Linear* linears = model->linears + l * LINEAR_KINDS;
+    int BT = model->B * model->T;
+    AttentionShape shape = attention_shape(model, model->B, model->T);
+
+    linear_backward(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
+    ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
+    linear_backward(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
+    ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM2, l), model->dnorm, model->dresidual, b->mid,
+                          model_weight(model, P_NORM2, l), b->rstd2, BT, m->C);
+
+    linear_backward(ctx, &linears[LINEAR_O], model->datt, model->dresidual, &b->x[LINEAR_O], BT);
+    ops->attention_backward(model->dqkv, model->datt, b->att, b->qkv, b->lse, shape);
+    ops->rope(model->dqkv, model->rope_table, shape, 0, 1);
+    linear_backward(ctx, &linears[LINEAR_QKV], model->dnorm, model->dqkv, &b->x[LINEAR_QKV], BT);
+    ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM1, l), model->dnorm, model->dresidual, b->inp,
+                          model_weight(model, P_NORM1, l), b->rstd1, BT, m->C);
+}
+
+static void model_backward(Model* model) {
+    const Ops* ops = model->ops;
+    const ModelConfig* m = &model->config;
+    int BT = model->B * model->T;
+    ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM, -1), model->dnorm, NULL, model->out,
+                          model_weight(model, P_NORM, -1), model->rstd_final, BT, m->C);
+    for (int l = m->L - 1; l >= 0; l--) {
+        model_backward_block(model, l);
+    }
+    ops->embedding_backward(model_grad(model, P_EMBED, -1), model->dresidual, model->inputs, BT, m->C);
+}
+
+static void model_zero_gradients(Model* model) {
+    model->ops->zero(model->grads, model->table.elements * sizeof(float));
+}
+
+// after the last micro-batch of a step: weight gradients leave the rotated space they were summed in
+static void model_finish_gradients(Model* model) {
+    for (int i = 0; i < model->config.L * LINEAR_KINDS; i++) {
+        linear_finish_gradient(&model->linear, &model->linears[i]);
+    }
+}
