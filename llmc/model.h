@@ -57,6 +57,7 @@ typedef struct {
     floatX* projection;   // (BT, C) output of o and down before it is added to the stream
     floatX *dresidual, *dnorm, *dqkv, *datt, *dgate_up, *dact;
     void* quantized_memory;
+    int weights_quantized;  // do the forward operands of the weights match the weights?
     int32_t *inputs, *targets;
 
     void* memory[MEMORY_CLASSES];
@@ -191,6 +192,20 @@ static int classifier_chunk_rows(int BT, int V) {
     return (int)max_i64(1, min_i64(BT, rows >= 64 ? rows / 64 * 64 : rows));
 }
 
+// the largest left and right operand of any GEMM of a step
+static OperandSizes model_largest_operands(const Model* model) {
+    const ModelConfig* m = &model->config;
+    size_t BT = (size_t)model->B * model->T, rows = (size_t)model->classifier_rows;
+    OperandSizes largest = {max_size(rows * m->C, rows * m->V), max_size((size_t)m->V * m->C, rows * m->C)};
+    for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+        int C, OC;
+        linear_shape(m, (LinearKind)kind, &C, &OC);
+        largest.a = max_size(largest.a, BT * max_size((size_t)C, (size_t)OC));
+        largest.b = max_size(largest.b, max_size((size_t)OC * C, BT * (size_t)C));
+    }
+    return largest;
+}
+
 // What no backend can do with this recipe, shape or batch is said here, before anything is allocated.
 static void model_check(const Model* model) {
     const ModelConfig* m = &model->config;
@@ -321,14 +336,18 @@ static void model_init_weights(Model* model, uint64_t seed) {
 // ---------------------------------------------------------------------------------------------------------------------
 // forward
 
-// forward operands of all weights; after every change of the weights
+// forward operands of all weights, unless they match already. Whoever changes weights clears weights_quantized.
 static void model_quantize_weights(Model* model) {
+    if (model->weights_quantized) {
+        return;
+    }
     char* at = (char*)model->quantized_memory;
     for (int i = 0; i < model->config.L * LINEAR_KINDS; i++) {
         Linear* linear = &model->linears[i];
         linear_quantize_weight(&model->linear, linear, at);
         at += round_up((int64_t)qtensor_bytes(&model->linear.recipe->w, linear->OC, linear->C), 256);
     }
+    model->weights_quantized = 1;
 }
 
 static void model_forward_block(Model* model, int l) {
@@ -392,6 +411,7 @@ static double model_forward(Model* model, const int32_t* inputs, const int32_t* 
     size_t BT = (size_t)model->B * model->T;
     ops->copy_to_device(model->inputs, inputs, BT * sizeof(int32_t));
     ops->copy_to_device(model->targets, targets, BT * sizeof(int32_t));
+    model_quantize_weights(model);
     ops->embedding_forward(model->blocks[0].inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
     for (int l = 0; l < m->L; l++) {
         model_forward_block(model, l);

@@ -11,6 +11,8 @@
 
 typedef struct { int B, T, NH, NKV, HS; } AttentionShape;
 
+typedef struct { size_t a, b; } OperandSizes;  // elements
+
 typedef enum { OUT_FLOATX, OUT_F32 } OutType;
 
 // out (M, N) [+]= alpha * owed * decode(a) (M, K) . decode(b) (N, K)^T
@@ -41,6 +43,10 @@ typedef struct Ops {
     void (*zero)(void* memory, size_t bytes);
     void (*copy_to_device)(void* device, const void* host, size_t bytes);
     void (*copy_to_host)(void* host, const void* device, size_t bytes);
+    // bytes that the backend holds besides what alloc gave out: its own scratch (largest[i]: elements of the largest left and right
+    // operand of a GEMM); its program and libraries
+    size_t (*scratch_bytes)(OperandSizes largest, AttentionShape shape, int threads);
+    size_t (*program_bytes)(int threads);
 
     // out (BT, C) = weight[token]; weight (V, C)
     void (*embedding_forward)(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C);

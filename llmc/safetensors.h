@@ -289,9 +289,8 @@ static const SafetensorsEntry* safetensors_find(const SafetensorsFile* file, con
 static int safetensors_read(const SafetensorsFile* file, const SafetensorsEntry* entry, void* out, int64_t first,
                             int64_t count, char* error, size_t error_bytes) {
     if (first < 0 || count < 0 || first > entry->count || count > entry->count - first) {
-        return safetensors_fail(error, error_bytes, "'%s': elements %lld to %lld of tensor \"%.80s\", which has %lld",
-                                file->path, (long long)first, (long long)first + (long long)count, entry->name,
-                                (long long)entry->count);
+        return safetensors_fail(error, error_bytes, "'%s': %lld elements from %lld of tensor \"%.80s\", which has %lld",
+                                file->path, (long long)count, (long long)first, entry->name, (long long)entry->count);
     }
     int64_t size = safetensors_dtypes[entry->dtype].bytes;
     return safetensors_pread(file->fd, file->path, out, count * size, file->data_offset + entry->offset + first * size,

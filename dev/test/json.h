@@ -12,7 +12,8 @@ static Json* test_json_try(const char* text, size_t bytes, char* error, size_t e
 
 static void test_json_values(void) {
     const char* text =
-        " {\"zero\": 0, \"min\": -9223372036854775808,\r\n\t\"max\": 9223372036854775807, \"past\": 9223372036854775808,\n"
+        " {\"zero\": 0, \"min\": -9223372036854775808,\r\n"
+        "\t\"max\": 9223372036854775807, \"past\": 9223372036854775808,\n"
         "\"list\": [true, false, null, [], {}, \"\", -0.5e1, 1e3, 0.1],\n"
         "\"a\\u00e9\\\"\\\\\\/\\b\\f\\n\\r\\t\\uD83D\\ude42\\u0000z\": \"\xE6\x97\xA5\"} \n";
     Json* root = json_parse(text, strlen(text), "x.json");
@@ -79,7 +80,9 @@ static void test_json_errors(void) {
         {"\"\\ud83d\\u0041\"", "expected a low surrogate after the high, found \\u0041"},
         {"\"\\ude42\"", "expected a high surrogate before the low one \\uDE42"},
         {"\"\xFF\"", "expected valid UTF-8, found byte 0xFF"},
-        {"\"\xC0\x80\"", "expected valid UTF-8"},          // zero, too long
+        {"\"\xC0\x80\"", "expected valid UTF-8"},          // zero, in two bytes
+        {"\"\xE0\x9F\xBF\"", "expected valid UTF-8"},      // U+07FF in three
+        {"\"\xF0\x8F\xBF\xBF\"", "expected valid UTF-8"},  // U+FFFF in four
         {"\"\xED\xA0\x80\"", "expected valid UTF-8"},      // a surrogate
         {"\"\xF4\x90\x80\x80\"", "expected valid UTF-8"},  // past U+10FFFF
         {"\"\xE6\x97\"", "expected valid UTF-8"},          // cut off
@@ -89,7 +92,8 @@ static void test_json_errors(void) {
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char error[JSON_ERROR_BYTES] = "accepted";
         Json* root = test_json_try(cases[i].text, strlen(cases[i].text), error, sizeof error);
-        expect(!root && strstr(error, cases[i].error), "%s: expected '%s', got '%s'", cases[i].text, cases[i].error, error);
+        expect(!root && strstr(error, cases[i].error), "%s: expected '%s', got '%s'", cases[i].text, cases[i].error,
+               error);
         json_free(root);
     }
     char error[JSON_ERROR_BYTES];
@@ -101,7 +105,23 @@ static void test_json_errors(void) {
         json_free(root);
     }
     char small[8];
-    expect(!json_try_parse("[", 1, "a/long/name.json", small, sizeof small) && strlen(small) == 7, "a short error buffer");
+    expect(!json_try_parse("[", 1, "a/long/name.json", small, sizeof small) && strlen(small) == 7, "a short buffer");
+}
+
+// every code point there and back, and no prefix of one is taken for another
+static void test_json_utf8(void) {
+    int wrong = 0;
+    for (uint32_t code_point = 0; code_point <= 0x110000; code_point++) {
+        char text[4];
+        uint32_t seen = 0;
+        int length = utf8_encode(text, code_point);
+        int valid = code_point < 0x110000 && (code_point < 0xD800 || code_point > 0xDFFF);
+        wrong += utf8_decode(&seen, text, 4) != (valid ? length : 0) || (valid && seen != code_point);
+        for (int bytes = 0; bytes < length; bytes++) {
+            wrong += utf8_decode(&seen, text, (size_t)bytes) != 0;
+        }
+    }
+    expect(wrong == 0, "%d wrong", wrong);
 }
 
 static void test_json_depth(void) {
@@ -111,8 +131,8 @@ static void test_json_depth(void) {
     Json* root = test_json_try(text + 1, 2 * JSON_MAX_DEPTH, error, sizeof error);
     expect(root, "64 levels are refused: %s", error);
     json_free(root);
-    expect(!test_json_try(text, sizeof text, error, sizeof error) && strstr(error, "column 65: expected at most 64 levels"),
-           "65 levels: %s", error);
+    root = test_json_try(text, sizeof text, error, sizeof error);
+    expect(!root && strstr(error, "column 65: expected at most 64 levels"), "65 levels: %s", error);
 }
 
 static void test_json_die_int(void* root) { json_int(json_need((const Json*)root, "b")); }
@@ -126,7 +146,8 @@ static void test_json_die_file(void*) { json_read_file("/nonexistent/x.json"); }
 static void test_json_accessors_die(void) {
     const char* text = "{\"n\": 1.5,\n \"b\": \"text\",\n \"z\": \"\\u0000\"}";
     Json* root = json_parse(text, strlen(text), "x.json");
-    expect_exit(EXIT_BAD_DATA, "'x.json', line 2: expected an integer within 64 bits for \"b\", found the string \"text\"",
+    expect_exit(EXIT_BAD_DATA,
+                "'x.json', line 2: expected an integer within 64 bits for \"b\", found the string \"text\"",
                 test_json_die_int, root);
     expect_exit(EXIT_BAD_DATA, "'x.json', line 1: expected true or false for \"n\", found the number 1.5",
                 test_json_die_bool, root);
@@ -197,6 +218,7 @@ static void test_json_large(void) {
 static void test_json(void) {
     test_json_values();
     test_json_errors();
+    test_json_utf8();
     test_json_depth();
     test_json_accessors_die();
     test_json_writer();

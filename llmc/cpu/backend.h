@@ -9,6 +9,14 @@ static void* cpu_alloc(size_t bytes, const char* what) { return calloc_or_die(by
 static void cpu_zero(void* memory, size_t bytes) { memset(memory, 0, bytes); }
 static void cpu_copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
+static size_t cpu_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
+    size_t tiles = sizeof(floatX) == sizeof(float) ? 0 : sizeof(float) * GEMM_TILE_M * GEMM_TILE_N;
+    return (largest.a + largest.b) * sizeof(float) + (size_t)threads * max_size(tiles, attention_scratch_floats(shape) * sizeof(float));
+}
+
+// measured: the binary with libc and OpenMP, and OpenBLAS's packing buffers, of which each thread touches a part
+static size_t cpu_program_bytes(int threads) { return ((size_t)12 << 20) + ((size_t)threads * 5 << 20); }
+
 static const Ops CPU_OPS = {
     .name = "cpu",
     .alloc = cpu_alloc,
@@ -16,6 +24,8 @@ static const Ops CPU_OPS = {
     .zero = cpu_zero,
     .copy_to_device = cpu_copy,
     .copy_to_host = cpu_copy,
+    .scratch_bytes = cpu_scratch_bytes,
+    .program_bytes = cpu_program_bytes,
     .embedding_forward = cpu_embedding_forward,
     .embedding_backward = cpu_embedding_backward,
     .rmsnorm_forward = cpu_rmsnorm_forward,

@@ -49,6 +49,30 @@ typedef struct {
 } CpuContext;
 static CpuContext cpu;
 
+// The f32 rate that BLAS itself reaches on `threads` cores: the best of a few products of n x n matrices, in GFLOP/s
+static double blas_rate(int n, int threads) {
+    size_t count = (size_t)n * n;
+    float* memory = (float*)malloc_or_die(3 * count * sizeof(float), "a matrix product");
+    for (size_t i = 0; i < 3 * count; i++) {
+        memory[i] = (float)(i * 2654435761u % 1000) * 1e-3f - 0.5f;
+    }
+#ifdef OPENBLAS_VERSION
+    openblas_set_num_threads(threads);
+#else
+    (void)threads;
+#endif
+    double best = 1e30;
+    for (int i = 0; i < 6; i++) {
+        double begin = clock_seconds();
+        sgemm(memory, n, memory + count, n, 0, memory + 2 * count, n, 0, n, n, n, 1.0f, 0.0f);
+        double seconds = clock_seconds() - begin;
+        best = seconds < best ? seconds : best;
+    }
+    blas_single_thread();
+    free(memory);
+    return 2.0 * n * n * n / best * 1e-9;
+}
+
 static int operand_needs_decoding(const QTensor* q) { return q->format != FORMAT_FLOATX || sizeof(floatX) != sizeof(float); }
 
 static void decode_group(float* out, const uint8_t* codes, float scale) {

@@ -1,0 +1,257 @@
+// run.h: from options to a run: batch arithmetic, length, folders, the plan of memory, the choice of a checkpoint.
+#pragma once
+#include "checkpoint.h"
+#include "comm.h"
+#include "data.h"
+#include "log.h"
+#include "schedule.h"
+#include <sys/file.h>
+
+// largest micro-batch that is chosen on its own, in tokens
+#define AUTO_MICRO_TOKENS 8192
+
+typedef struct {
+    Config config;
+    ModelConfig model_config;
+    const Recipe* recipe;
+    Comm comm;
+    int B, T;                  // rows and length of a micro-batch
+    int64_t accumulation;      // micro-batches of a step on each rank
+    int64_t samples_per_step;  // over all ranks
+    char* tokenizer_path;      // NULL: none
+    Tokenizer* tokenizer;      // NULL: samples are printed as ids
+    char* out;
+    int lock;                  // file descriptor that holds OUT/lock
+} Run;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// batch and length
+
+// up to 12 divisors of n, as text
+static void divisors_text(char* buffer, size_t bytes, int64_t n) {
+    buffer[0] = 0;
+    int shown = 0;
+    for (int64_t d = 1; d <= n && shown < 12; d++) {
+        if (n % d == 0) {
+            snprintf(buffer + strlen(buffer), bytes - strlen(buffer), "%s%lld", shown++ ? ", " : "", (long long)d);
+        }
+    }
+}
+
+static void run_resolve_batch(Run* run) {
+    Config* c = &run->config;
+    int64_t T = c->seq_len, tokens = c->batch_tokens, ranks = run->comm.size;
+    check_or(tokens > 0 && tokens % (T * ranks) == 0, EXIT_USAGE,
+             "--batch-tokens %lld is not a multiple of --seq-len %lld x %lld ranks; %lld and %lld are the nearest that fit",
+             (long long)tokens, (long long)T, (long long)ranks, (long long)max_i64(1, tokens / (T * ranks)) * T * ranks,
+             (long long)(tokens / (T * ranks) + 1) * T * ranks);
+    int64_t rows = tokens / T / ranks;
+    if (c->batch_size == AUTO_INT) {
+        int64_t B = 1;
+        for (int64_t d = 1; d <= rows && d * T <= AUTO_MICRO_TOKENS; d++) {
+            B = rows % d == 0 ? d : B;
+        }
+        c->batch_size = B;
+    }
+    char fits[256];
+    divisors_text(fits, sizeof fits, rows);
+    check_or(c->batch_size > 0 && rows % c->batch_size == 0, EXIT_USAGE,
+             "--batch-size %lld does not divide the %lld rows a rank has in a step (--batch-tokens %lld / --seq-len %lld / %lld "
+             "ranks); these fit: %s", (long long)c->batch_size, (long long)rows, (long long)tokens, (long long)T,
+             (long long)ranks, fits);
+    check_or(c->batch_size * T < INT32_MAX, EXIT_USAGE, "--batch-size %lld x --seq-len %lld is beyond 2^31 tokens a micro-batch",
+             (long long)c->batch_size, (long long)T);
+    run->B = (int)c->batch_size;
+    run->T = (int)T;
+    run->accumulation = rows / c->batch_size;
+    check_or(run->accumulation * ranks < 65536, EXIT_USAGE,
+             "%lld micro-batches a step are more than the 65535 that random streams are numbered for; raise --batch-size",
+             (long long)(run->accumulation * ranks));
+    run->samples_per_step = tokens / T;
+}
+
+static void run_resolve_length(Run* run) {
+    Config* c = &run->config;
+    check_or(c->steps == AUTO_INT || c->tokens == AUTO_INT, EXIT_USAGE, "give --steps or --tokens, not both");
+    if (c->tokens != AUTO_INT) {
+        c->steps = ceil_div(c->tokens, c->batch_tokens);
+    } else if (c->steps == AUTO_INT) {
+        ParamTable table = param_table(&run->model_config);
+        c->steps = ceil_div((int64_t)(20 * table.block_size * (size_t)run->model_config.L), c->batch_tokens);
+        free(table.list);
+    }
+    check_or(c->steps > 0 && c->steps < (1ll << 32), EXIT_USAGE, "a run of %lld steps is out of range (1 to 2^32)",
+             (long long)c->steps);
+    c->tokens = c->steps * c->batch_tokens;
+    if (c->warmup_steps == AUTO_INT) {
+        c->warmup_steps = c->steps / 10;
+    }
+}
+
+static void run_check_ranges(const Config* c) {
+    check_or(c->lr > 0, EXIT_USAGE, "--lr %g must be positive", c->lr);
+    check_or(c->min_lr_ratio >= 0 && c->min_lr_ratio <= 1, EXIT_USAGE, "--min-lr-ratio %g is not within 0 and 1", c->min_lr_ratio);
+    check_or(c->beta1 >= 0 && c->beta1 < 1 && c->beta2 >= 0 && c->beta2 < 1, EXIT_USAGE,
+             "--beta1 %g and --beta2 %g must be at least 0 and below 1", c->beta1, c->beta2);
+    check_or(c->eps > 0 && c->weight_decay >= 0 && c->grad_clip >= 0 && c->temperature >= 0 && c->max_minutes >= 0, EXIT_USAGE,
+             "--eps %g must be positive; --weight-decay %g, --grad-clip %g, --temperature %g, --max-minutes %g not negative", c->eps,
+             c->weight_decay, c->grad_clip, c->temperature, c->max_minutes);
+    check_or(c->keep >= 2, EXIT_USAGE, "--keep %lld: at least 2 checkpoints are kept, so that a damaged one has a predecessor",
+             (long long)c->keep);
+    check_or(c->sample_tokens > 0 && c->val_batches > 0 && c->max_skips > 0, EXIT_USAGE,
+             "--sample-tokens, --val-batches and --max-skips must be positive");
+    check_or(c->tied == 0 || c->tied == 1, EXIT_USAGE, "--tied is %lld, but must be 0 or 1", (long long)c->tied);
+    check_or(c->allow_data_change == 0 || c->allow_data_change == 1, EXIT_USAGE, "--allow-data-change must be 0 or 1");
+    check_or(c->threads == AUTO_INT || (c->threads > 0 && c->threads < 65536), EXIT_USAGE, "--threads %lld is out of range",
+             (long long)c->threads);
+}
+
+// Every automatic choice that needs no data. `--out auto` becomes runs/MODEL-RECIPE.
+static void run_resolve(Run* run) {
+    Config* c = &run->config;
+    run->model_config = model_config_resolve(c);
+    run->recipe = recipe_find(c->recipe);
+    check(run->recipe, "internal: --recipe %s is not in the table", c->recipe);
+    run_check_ranges(c);
+    run_resolve_batch(run);
+    run_resolve_length(run);
+    if (is_auto_text(c->out)) {
+        c->out = format_string("runs/%s-%s", run->model_config.name, c->recipe);
+    }
+    run->out = strdup_or_die(c->out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// folder
+
+// one run a folder: a lock that the system drops when the process ends, however it ends
+static void run_lock(Run* run) {
+    make_folder_or_die(run->out);
+    char* path = format_string("%s/lock", run->out);
+    run->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    check_or(run->lock >= 0, EXIT_IO, "cannot write into --out '%s': %s", run->out, strerror(errno));
+    check_or(flock(run->lock, LOCK_EX | LOCK_NB) == 0, EXIT_LOCKED,
+             "another run is using --out '%s'; wait for it, or choose another folder", run->out);
+    free(path);
+    checkpoint_clean(run->out);
+}
+
+// Which checkpoint to continue from: its folder and verified state, or NULL for a fresh run.
+static char* run_find_checkpoint(const Run* run, Json** state) {
+    const char* resume = run->config.resume;
+    int damaged = 0, count = 0;
+    char error[1024];
+    *state = NULL;
+    if (!strcmp(resume, "never")) {
+        free(checkpoint_list(run->out, &count));
+        check_or(count == 0, EXIT_USAGE, "--resume never, but '%s' holds %d checkpoints; choose another --out or remove them",
+                 run->out, count);
+        return NULL;
+    }
+    int path_given = strcmp(resume, "auto") && strcmp(resume, "must");
+    if (path_given) {
+        check_or(path_is_folder(resume), EXIT_NO_INPUT, "--resume '%s' is not a folder; auto, never and must are the other choices",
+                 resume);
+        char* state_path = format_string("%s/state.json", resume);
+        int single = path_is_file(state_path);
+        free(state_path);
+        if (single) {
+            *state = checkpoint_verify(resume, error, sizeof error);
+            check_or(*state, EXIT_BAD_DATA, "--resume '%s' is not usable: %s", resume, error);
+            return strdup_or_die(resume);
+        }
+    }
+    const char* folder = path_given ? resume : run->out;
+    char* found = checkpoint_find(folder, state, &damaged);
+    check_or(found || damaged == 0, EXIT_BAD_DATA, "none of the %d checkpoints in '%s' is usable; --resume never with another --out "
+             "starts anew", damaged, folder);
+    check_or(found || !(path_given || !strcmp(resume, "must")), EXIT_NO_INPUT, "--resume %s: there is no checkpoint in '%s'", resume,
+             folder);
+    return found;
+}
+
+// options that a resumed run must not change: data position and random numbers hang on them; others are reported
+static void run_compare_options(const Run* run, const Json* state) {
+    static const int fixed[] = {ID_seq_len, ID_batch_tokens, ID_seed};
+    static const int silent[] = {ID_out, ID_resume, ID_model, ID_train_data, ID_val_data, ID_max_minutes, ID_config, ID_keep,
+                                 ID_prompt, ID_tokenizer, ID_threads};
+    const Json* options = json_get(state, "options");
+    for (int id = 0; id < KNOB_COUNT_ALL; id++) {
+        const char* before = NULL;
+        char now[4096];
+        if (KNOB_TABLE[id].kind == KNOB_SWITCH || json_try_string(json_get(options, KNOB_TABLE[id].name), &before) != 0 ||
+            !strcmp(before, knob_value(&run->config, id, now, sizeof now))) {
+            continue;
+        }
+        char option[64];
+        knob_option(id, option);
+        int is_fixed = 0, is_silent = 0;
+        for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) {
+            is_fixed |= fixed[i] == id;
+        }
+        for (size_t i = 0; i < sizeof silent / sizeof silent[0]; i++) {
+            is_silent |= silent[i] == id;
+        }
+        check_or(!is_fixed, EXIT_USAGE, "the checkpoint was made with --%s %s, this command says %s: the order of the data would "
+                 "change; give the old value, or another --out for a new run", option, before, now);
+        if (!is_silent) {
+            printf("resume     --%s was %s, is now %s\n", option, before, now);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tokenizer
+
+// beside the training shards, else in the checkpoint that is continued, else bytes where the vocabulary is that small
+static void run_find_tokenizer(Run* run, const Dataset* train, const char* checkpoint) {
+    const char* given = run->config.tokenizer;
+    if (!strcmp(given, "byte")) {
+        run->tokenizer = tokenizer_byte();
+        return;
+    }
+    if (!is_auto_text(given)) {
+        run->tokenizer_path = strdup_or_die(given);
+    } else {
+        const char* shard = train ? train->shards[0].path : "";
+        const char* slash = strrchr(shard, '/');
+        char* beside = slash ? format_string("%.*s/tokenizer.json", (int)(slash - shard), shard) : strdup_or_die("tokenizer.json");
+        char* saved = format_string("%s/tokenizer.json", checkpoint ? checkpoint : ".");
+        if (train && path_is_file(beside)) {
+            run->tokenizer_path = beside;
+            free(saved);
+        } else if (checkpoint && path_is_file(saved)) {
+            run->tokenizer_path = saved;
+            free(beside);
+        } else {
+            free(beside);
+            free(saved);
+        }
+    }
+    if (run->tokenizer_path) {
+        run->tokenizer = tokenizer_load(run->tokenizer_path);
+    } else if (run->model_config.V <= 512) {
+        run->tokenizer = tokenizer_byte();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// memory
+
+// What the process holds besides the model's own buffers: decoded operands and attention scratch of the CPU backend, batches read
+// ahead, program and libraries.
+static void run_print_plan(const Run* run, const Model* model, int threads) {
+    const double MiB = 1048576.0;
+    size_t total = 0;
+    printf("memory per rank, %s, micro-batch %d x %d tokens:\n", model->ops->name, run->B, run->T);
+    for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
+        printf("  %-32s %10.1f MiB\n", MEMORY_NAMES[kind], (double)model->memory_bytes[kind] / MiB);
+        total += model->memory_bytes[kind];
+    }
+    size_t scratch = model->ops->scratch_bytes(model_largest_operands(model), attention_shape(model, run->B, run->T), threads);
+    size_t ahead = 4 * 2 * sizeof(int32_t) * (size_t)run->B * run->T;
+    size_t program = model->ops->program_bytes(threads);
+    printf("  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n", "backend scratch", (double)scratch / MiB,
+           "batches read ahead", (double)ahead / MiB, "program and libraries", (double)program / MiB);
+    printf("  %-32s %10.1f MiB\n", "total", (double)(total + scratch + ahead + program) / MiB);
+}

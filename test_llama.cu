@@ -1,0 +1,57 @@
+// test_llama.cu: the tests. Includes the whole trainer, then the sections of dev/test/, one file each.
+//   ./test_llama              all sections
+//   ./test_llama quant data   some of them
+//   ./test_llama list         their names
+// Ends with a line `N passed, N failed`; exit code 1 if any check failed. Run it from the repository's root (golden files).
+#define TESTING
+#include "train_llama.cu"
+
+#include "dev/test/harness.h"
+
+#include "dev/test/data.h"
+#include "dev/test/json.h"
+#include "dev/test/safetensors.h"
+#include "dev/test/tokenizer.h"
+
+typedef struct { const char* name; void (*run)(void); const char* what; } Section;
+
+static const Section SECTIONS[] = {
+    {"rand", test_rand, "Philox known answers, normals, permutation"},
+    {"json", test_json, "JSON reader"},
+    {"safetensors", test_safetensors, "safetensors reader and writer, checksums"},
+    {"tokenizer", test_tokenizer, "tokenizer.json decoding"},
+    {"data", test_data, "token shards, order, loader"},
+};
+#define SECTION_COUNT ((int)(sizeof SECTIONS / sizeof SECTIONS[0]))
+
+int main(int argc, char** argv) {
+    if (argc > 1 && !strcmp(argv[1], "list")) {
+        for (int i = 0; i < SECTION_COUNT; i++) {
+            printf("%-12s %s\n", SECTIONS[i].name, SECTIONS[i].what);
+        }
+        return 0;
+    }
+    for (int a = 1; a < argc; a++) {
+        int known = 0;
+        for (int i = 0; i < SECTION_COUNT; i++) {
+            known |= !strcmp(SECTIONS[i].name, argv[a]);
+        }
+        check_or(known, EXIT_USAGE, "no test section '%s'; ./test_llama list names them", argv[a]);
+    }
+    for (int i = 0; i < SECTION_COUNT; i++) {
+        int wanted = argc == 1;
+        for (int a = 1; a < argc; a++) {
+            wanted |= !strcmp(SECTIONS[i].name, argv[a]);
+        }
+        if (wanted) {
+            int passed = tests_passed, failed = tests_failed;
+            double begin = clock_seconds();
+            SECTIONS[i].run();
+            printf("%s %-12s %6d checks, %.1f s\n", tests_failed > failed ? "FAIL" : "ok  ", SECTIONS[i].name,
+                   tests_passed - passed + tests_failed - failed, clock_seconds() - begin);
+            fflush(stdout);
+        }
+    }
+    printf("%d passed, %d failed\n", tests_passed, tests_failed);
+    return tests_failed > 0;
+}

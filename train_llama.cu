@@ -1,0 +1,446 @@
+// train_llama.cu: pretrains a Llama whose linear layers run forward and backward in FP4. The story, from main down:
+//
+//   options -> model shape -> backend -> data -> checkpoint or fresh weights -> loop
+//   step: for each micro-batch { data -> forward -> backward };  norm, clip, finite? -> AdamW -> log;  every N: validate, sample, save
+//
+// Read next: llmc/ops.h (every operation), llmc/recipe.h and llmc/linear.h (what FP4 training is), llmc/model.h.
+#include "llmc/common.h"
+#include "llmc/dtypes.h"
+#include "llmc/rand.h"
+#include "llmc/xxh64.h"
+#include "llmc/json.h"
+#include "llmc/config.h"
+#include "llmc/quant.h"
+#include "llmc/ops.h"
+#include "llmc/backend.h"
+#include "llmc/recipe.h"
+#include "llmc/linear.h"
+#include "llmc/model.h"
+#include "llmc/data.h"
+#include "llmc/schedule.h"
+#include "llmc/comm.h"
+#include "llmc/optimizer.h"
+#include "llmc/safetensors.h"
+#include "llmc/tokenizer.h"
+#include "llmc/checkpoint.h"
+#include "llmc/log.h"
+#include "llmc/generate.h"
+#include "llmc/run.h"
+#include "llmc/self_test.h"
+#include "llmc/bench.h"
+#include <signal.h>
+
+// ---------------------------------------------------------------------------------------------------------------------
+// asked to stop: SIGTERM, SIGUSR1 and the first Ctrl-C finish the step, save and exit 75
+
+static volatile sig_atomic_t stop_requested;
+
+static void handle_stop(int signal_number) {
+    if (stop_requested && signal_number == SIGINT) {
+        _exit(130);
+    }
+    stop_requested = 1;
+}
+
+static void install_signal_handlers(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = handle_stop;
+    action.sa_flags = SA_RESTART;
+    int signals[] = {SIGTERM, SIGUSR1, SIGINT};
+    for (int i = 0; i < 3; i++) {
+        sigaction(signals[i], &action, NULL);
+    }
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write, with a message
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// validation and samples
+
+typedef struct {
+    Run run;
+    Model model;
+    Dataset train, val;
+    int has_val;
+    RunState state;
+    Log log;
+    int32_t *inputs, *targets;  // one micro-batch on the host
+} Trainer;
+
+// mean loss over the same evenly spaced validation samples each time, in nats per token
+static double validate(Trainer* t) {
+    int64_t B = t->run.B, rows = min_i64(t->run.config.val_batches * B, max_i64(B, t->val.samples / B * B));
+    double sum = 0.0;
+    for (int64_t row = 0; row < rows; row += B) {
+        data_read_even(&t->val, t->inputs, t->targets, row, (int)B, rows);
+        sum += model_forward(&t->model, t->inputs, t->targets, 0.0f, 0);
+    }
+    return sum / ((double)rows * t->run.T);
+}
+
+static int parse_prompt_ids(const char* text, int* ids, int most, int V) {
+    int count = 0;
+    while (*text) {
+        char* end;
+        long id = strtol(text, &end, 10);
+        check_or(end != text && id >= 0 && id < V, EXIT_USAGE, "--prompt ids: '%s' is not a list of token ids below the vocabulary %d",
+                 text, V);
+        check_or(count < most, EXIT_USAGE, "--prompt has more than the %d tokens that the model has positions for", most);
+        ids[count++] = (int)id;
+        text = *end == ',' ? end + 1 : end;
+    }
+    return count;
+}
+
+// the prompt as tokens: given ids, encoded text, or the document separator
+static int prompt_tokens(const Run* run, int* ids, int most) {
+    const char* prompt = run->config.prompt;
+    if (starts_with(prompt, "ids:")) {
+        int count = parse_prompt_ids(prompt + 4, ids, most, run->model_config.V);
+        check_or(count > 0, EXIT_USAGE, "--prompt ids: names no token");
+        return count;
+    }
+    int separator = run->tokenizer ? tokenizer_separator(run->tokenizer) : -1;
+    int count = 0;
+    if (separator >= 0 && separator < run->model_config.V) {
+        ids[count++] = separator;
+    }
+    if (*prompt) {
+        check_or(run->tokenizer, EXIT_USAGE, "--prompt as text needs a tokenizer; give --tokenizer FILE or --prompt ids:1,2,3");
+        int added = tokenizer_encode(run->tokenizer, prompt, ids + count, most - count);
+        check_or(added >= 0, EXIT_USAGE, "--prompt '%s' cannot be encoded here: its tokenizer merges bytes, or it is longer than %d "
+                 "tokens; give ids: --prompt ids:1,2,3 (HF tokenizers prints them)", prompt, most - count);
+        count += added;
+    }
+    ids[count] = 0;
+    return max_int(count, 1);
+}
+
+static void print_sample(Trainer* t) {
+    const Run* run = &t->run;
+    int most = run->model_config.max_positions;
+    int* ids = (int*)malloc_or_die(sizeof(int) * (size_t)(most + 1), "sample");
+    int count = prompt_tokens(run, ids, most - 1);
+    int vocab = run->tokenizer ? run->tokenizer->vocab : run->model_config.V;
+    int total = (int)min_i64(most, count + run->config.sample_tokens);
+    count = generate(&t->model, ids, count, total, vocab, run->config.temperature, (uint64_t)run->config.seed, t->state.step);
+    printf("--- sample after %lld steps\n", (long long)t->state.step);
+    if (run->tokenizer) {
+        print_tokens(run->tokenizer, ids, count);
+    } else {
+        for (int i = 0; i < count; i++) {
+            printf("%d ", ids[i]);
+        }
+    }
+    printf("\n---\n");
+    fflush(stdout);
+    free(ids);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// one step
+
+static StepRecord train_step(Trainer* t, DataLoader* loader) {
+    const Config* config = &t->run.config;
+    Model* model = &t->model;
+    int64_t step = t->state.step;
+    double begin = clock_seconds();
+    LinearTelemetry telemetry;
+    memset(&telemetry, 0, sizeof telemetry);
+    int observe = config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
+    static LinearTelemetry kept;
+    model->linear.telemetry = observe ? &telemetry : NULL;
+    model->weights_quantized = observe ? 0 : model->weights_quantized;
+    model->linear.step = step;
+    model_zero_gradients(model);
+    double loss_sum = 0.0;
+    for (int64_t a = 0; a < t->run.accumulation; a++) {
+        model->linear.micro = a * t->run.comm.size + t->run.comm.rank;
+        loader_next(loader, t->inputs, t->targets);
+        loss_sum += model_forward(model, t->inputs, t->targets, 1.0f / (float)config->batch_tokens, 1);
+        model_backward(model);
+    }
+    model_finish_gradients(model);
+    model->linear.telemetry = NULL;
+    double loss = comm_sum(&t->run.comm, loss_sum) / (double)config->batch_tokens;
+    double lr = schedule_lr(config, step);
+    OptimizerResult result = optimizer_step(model, &t->run.comm, config, loss, lr, step + 1);
+    t->state.step++;
+    t->state.tokens += config->batch_tokens;
+    kept = telemetry;
+    return (StepRecord){.step = t->state.step, .steps = config->steps, .tokens = t->state.tokens, .step_tokens = config->batch_tokens,
+                        .loss = loss, .grad_norm = result.grad_norm, .lr = lr, .seconds = clock_seconds() - begin,
+                        .skipped = result.skipped, .telemetry = observe ? &kept : NULL};
+}
+
+// 0, or -1 after a message: the disk may be full for a while, training goes on
+static int save(Trainer* t) {
+    char error[1024];
+    double begin = clock_seconds();
+    int separator = t->run.tokenizer ? tokenizer_separator(t->run.tokenizer) : -1;
+    int failed = checkpoint_save(t->run.out, &t->model, &t->run.config, &t->state, t->run.tokenizer_path, separator, error, sizeof error);
+    char* path = checkpoint_path(t->run.out, t->state.step, "");
+    if (failed) {
+        fprintf(stderr, "train_llama: checkpoint of step %lld not saved: %s; earlier checkpoints stand\n", (long long)t->state.step, error);
+    } else {
+        checkpoint_prune(t->run.out, t->run.config.keep);
+        printf("saved      %s (%.1f s)\n", path, clock_seconds() - begin);
+        fflush(stdout);
+        log_event(&t->log, "save", t->state.step, t->state.tokens, "path", path, clock_seconds() - begin);
+    }
+    free(path);
+    return failed;
+}
+
+static int due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
+
+// the loop; returns the exit code
+static int train(Trainer* t) {
+    const Config* config = &t->run.config;
+    LoaderPlan plan = {.B = t->run.B, .rank = t->run.comm.rank, .ranks = t->run.comm.size,
+                       .g0 = t->state.step * t->run.samples_per_step};
+    DataLoader* loader = t->state.step < config->steps ? loader_start(&t->train, &plan) : NULL;
+    double begin = clock_seconds();
+    int64_t skips = 0;
+    int code = EXIT_DONE;
+    while (t->state.step < config->steps && code == EXIT_DONE) {
+        StepRecord record = train_step(t, loader);
+        log_step(&t->log, &record);
+        skips = record.skipped ? skips + 1 : 0;
+        if (skips >= config->max_skips) {
+            code = EXIT_NUMERICS;
+            break;
+        }
+        int64_t step = t->state.step;
+        int last = step == config->steps;
+        int stop = stop_requested || (config->max_minutes > 0 && clock_seconds() - begin >= 60 * config->max_minutes);
+        if (t->has_val && (last || (due(config->val_every, step) && !stop))) {
+            log_val(&t->log, step, t->state.tokens, validate(t));
+        }
+        if (due(config->sample_every, step) && !stop) {
+            print_sample(t);
+        }
+        if (last || stop || due(config->save_every, step)) {
+            int failed = save(t);
+            code = failed && (last || stop) ? EXIT_IO : stop && !last ? EXIT_REQUEUE : EXIT_DONE;
+        }
+    }
+    if (loader) {
+        loader_stop(loader);
+    }
+    if (code == EXIT_REQUEUE) {
+        printf("stopped    as asked at step %lld of %lld; the same command goes on from here\n", (long long)t->state.step,
+               (long long)config->steps);
+    } else if (code == EXIT_NUMERICS) {
+        fprintf(stderr, "train_llama: %lld steps in a row were not finite; stopped. The last good checkpoint in '%s' stands; a lower "
+                "--lr or --grad-clip may help\n", (long long)skips, t->run.out);
+    }
+    return code;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// start
+
+static void print_header(const Trainer* t, const Ops* ops) {
+    const Config* c = &t->run.config;
+    const ModelConfig* m = &t->run.model_config;
+    char params[32], tokens[32], run_tokens[32], memory[32];
+    size_t bytes = 0;
+    for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
+        bytes += t->model.memory_bytes[kind];
+    }
+    format_count(params, sizeof params, (double)t->model.table.elements);
+    format_count(tokens, sizeof tokens, (double)t->train.tokens);
+    format_count(run_tokens, sizeof run_tokens, (double)c->tokens);
+    format_count(memory, sizeof memory, (double)bytes);
+    printf("train_llama %s\n", PROGRAM_VERSION);
+    printf("model      %s: %s parameters, %d layers, %d channels, %d heads (%d kv), ffn %d, vocabulary %d%s\n", m->name, params, m->L, m->C,
+           m->NH, m->NKV, m->F, m->V, m->tied ? ", tied" : "");
+    printf("recipe     %s: %s%s%s\n", t->run.recipe->name, t->run.recipe->what, t->run.recipe->x.format == FORMAT_FLOATX ? "" : "; backward ",
+           t->run.recipe->x.format == FORMAT_FLOATX ? "" : c->bwd_rounding);
+    printf("device     %s, %d threads, BLAS %s, %s%s\n", ops->name, cpu_threads(), CPU_BLAS_NAME, FLOATX_NAME, backend_note);
+    printf("data       %s tokens in %d shards (ids %s), %lld samples of %d; validation %s\n", tokens, t->train.shard_count,
+           t->train.fully_scanned ? "all checked" : "spot-checked, the rest as read", (long long)t->train.samples, t->run.T,
+           t->has_val ? c->val_data : "none");
+    printf("batch      %lld tokens a step: %lld x %d rows x %d\n", (long long)c->batch_tokens, (long long)t->run.accumulation, t->run.B,
+           t->run.T);
+    printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps, run_tokens,
+           (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule, (long long)c->warmup_steps);
+    printf("memory     %sB for the model (--plan lists it)\n", memory);
+    printf("out        %s\n", t->run.out);
+    fflush(stdout);
+}
+
+// validation shards: as given, or what lies beside the training shards when that is a folder
+static void open_data(Trainer* t) {
+    Config* c = &t->run.config;
+    dataset_open(&t->train, c->train_data, "train", t->run.T, t->run.model_config.V, (uint64_t)c->seed);
+    if (!c->val_data[0] && path_is_folder(c->train_data)) {
+        char* pattern = format_string("%s/val*.bin", c->train_data);
+        glob_t found;
+        if (glob(pattern, 0, NULL, &found) == 0) {
+            c->val_data = pattern;
+            globfree(&found);
+        } else {
+            free(pattern);
+        }
+    }
+    t->has_val = c->val_data[0] != 0;
+    if (t->has_val) {
+        dataset_open(&t->val, c->val_data, "val", t->run.T, t->run.model_config.V, (uint64_t)c->seed);
+    }
+}
+
+// a name for this run that no other has: from the time and the process
+static void make_run_id(char* id, size_t bytes) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t mixed = rand_u64((uint64_t)now.tv_sec, (uint64_t)now.tv_nsec, (uint64_t)getpid());
+    snprintf(id, bytes, "%016llx", (unsigned long long)mixed);
+}
+
+static void start_model(Trainer* t, const Ops* ops) {
+    const Config* c = &t->run.config;
+    model_prepare(&t->model, ops, &t->run.model_config, t->run.recipe, t->run.B, t->run.T);
+    t->model.linear.option_rounding = !strcmp(c->bwd_rounding, "sr") ? ROUND_STOCHASTIC : ROUND_NEAREST;
+    t->model.linear.seed = (uint64_t)c->seed;
+}
+
+// weights and state, from a checkpoint or fresh
+static void start_weights(Trainer* t, const char* checkpoint, const Json* saved) {
+    if (checkpoint) {
+        t->state = checkpoint_load(&t->model, checkpoint, saved);
+    } else {
+        make_run_id(t->state.run_id, sizeof t->state.run_id);
+        model_init_weights(&t->model, (uint64_t)t->run.config.seed);
+    }
+}
+
+static void check_fingerprint(Trainer* t, const char* checkpoint) {
+    uint64_t fingerprint = dataset_fingerprint(&t->train);
+    check_or(!checkpoint || fingerprint == t->state.data_fingerprint || t->run.config.allow_data_change, EXIT_BAD_DATA,
+             "the training data is not what checkpoint '%s' was trained on (fingerprint %016llx, then %016llx): its order would "
+             "differ; restore the shards, or pass --allow-data-change 1", checkpoint, (unsigned long long)fingerprint,
+             (unsigned long long)t->state.data_fingerprint);
+    t->state.data_fingerprint = fingerprint;
+}
+
+// --prompt without --train-data: model and recipe come from the checkpoint
+static int run_prompt_only(Trainer* t) {
+    Run* run = &t->run;
+    Json* saved;
+    int anywhere = !strcmp(run->config.resume, "auto") || !strcmp(run->config.resume, "must");
+    check_or(!anywhere || !is_auto_text(run->config.out), EXIT_USAGE,
+             "--prompt without --train-data samples from a checkpoint: name it with --resume PATH or --out DIR");
+    run->out = strdup_or_die(run->config.out);
+    char* checkpoint = run_find_checkpoint(run, &saved);
+    check_or(checkpoint, EXIT_NO_INPUT, "there is no checkpoint in '%s' to sample from", run->out);
+    if (run->config.origin[ID_model] == FROM_DEFAULT) {
+        run->config.model = checkpoint;
+    }
+    const char* recipe;
+    if (run->config.origin[ID_recipe] == FROM_DEFAULT &&
+        json_try_string(json_get(json_get(saved, "options"), "recipe"), &recipe) == 0) {
+        knob_set(&run->config, ID_recipe, recipe, FROM_PRESET, "");
+    }
+    run->config.batch_size = 1;
+    run->config.steps = 1;
+    run->config.seq_len = run->config.seq_len == AUTO_INT ? 32 : run->config.seq_len;
+    run->config.batch_tokens = run->config.seq_len;
+    free(run->out);
+    run_resolve(run);
+    const Ops* ops = backend_init(&run->config);
+    start_model(t, ops);
+    model_allocate(&t->model);
+    start_weights(t, checkpoint, saved);
+    run_find_tokenizer(run, NULL, checkpoint);
+    print_sample(t);
+    return EXIT_DONE;
+}
+
+static int run_training(Trainer* t) {
+    Run* run = &t->run;
+    const Ops* ops = backend_init(&run->config);
+    if (run->config.self_test) {
+        self_test(ops, 1);
+        return EXIT_DONE;
+    }
+    start_model(t, ops);
+    if (run->config.plan) {
+        run_print_plan(run, &t->model, cpu_threads());
+        return EXIT_DONE;
+    }
+    if (run->config.bench) {
+        bench_run(run, &t->model);
+        return EXIT_DONE;
+    }
+    check_or(run->config.train_data[0], EXIT_USAGE, "--train-data is missing: token shards to train on (data/prepare.py makes them); "
+             "./scripts/quickstart.sh shows a whole run");
+    open_data(t);
+    run_lock(run);
+    Json* saved;
+    char* checkpoint = run_find_checkpoint(run, &saved);
+    if (checkpoint) {
+        run_compare_options(run, saved);
+    }
+    if (run->recipe->x.format != FORMAT_FLOATX) {
+        self_test(ops, 0);
+    }
+    model_allocate(&t->model);
+    start_weights(t, checkpoint, saved);
+    check_fingerprint(t, checkpoint);
+    run_find_tokenizer(run, &t->train, checkpoint);
+    json_free(saved);
+    size_t tokens = (size_t)run->B * run->T;
+    t->inputs = (int32_t*)malloc_or_die(tokens * sizeof(int32_t), "batch");
+    t->targets = (int32_t*)malloc_or_die(tokens * sizeof(int32_t), "batch");
+    print_header(t, ops);
+    t->log = log_open(run->out, checkpoint ? t->state.step : -1);
+    log_run(&t->log, &run->config, &t->model, &t->state);
+    if (checkpoint) {
+        printf("resume     %s: step %lld of %lld\n", checkpoint, (long long)t->state.step, (long long)run->config.steps);
+        log_event(&t->log, "resume", t->state.step, t->state.tokens, "path", checkpoint, 0.0);
+    }
+    int code = EXIT_DONE;
+    if (t->state.step >= run->config.steps) {
+        printf("done       this run already has its %lld steps; a larger --steps or --tokens goes on, --prompt samples from it\n",
+               (long long)run->config.steps);
+    } else {
+        code = train(t);
+    }
+    if (code == EXIT_DONE && run->config.sample_every > 0 && !due(run->config.sample_every, t->state.step)) {
+        print_sample(t);
+    }
+    log_close(&t->log);
+    free(checkpoint);
+    return code;
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    static Trainer trainer;
+    Config* config = &trainer.run.config;
+    install_signal_handlers();
+    config_parse(config, argc, argv);
+    if (config->help || argc == 1) {
+        config_print_help(stdout);
+        presets_print(stdout);
+        return EXIT_DONE;
+    }
+    if (config->version) {
+        printf("train_llama %s (%s)\n", PROGRAM_VERSION, FLOATX_NAME);
+        return EXIT_DONE;
+    }
+    trainer.run.comm = comm_init();
+    if (config->prompt[0] && !config->train_data[0] && !config->plan && !config->print_config) {
+        return run_prompt_only(&trainer);
+    }
+    run_resolve(&trainer.run);
+    if (config->print_config) {
+        config_print(config, stdout);
+        return EXIT_DONE;
+    }
+    return run_training(&trainer);
+}
+#endif
