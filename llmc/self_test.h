@@ -96,11 +96,11 @@ static void self_test(const Ops* ops, int verbose) {
     QuantSpec nearest = self_test_spec(SCALE_ABSMAX, ROTATE_SIGNED, ROUND_NEAREST);
     QuantSpec stochastic = self_test_spec(SCALE_ABSMAX, ROTATE_SIGNED, ROUND_STOCHASTIC);
     SelfTestCase cases[] = {
-        {"quest, H", quest, 0, 0x0},
-        {"absmax, signed H, nearest", nearest, 0, 0x0},
-        {"absmax, signed H, nearest, T", nearest, 1, 0x0},
-        {"absmax, signed H, stochastic", stochastic, 0, 0x0},
-        {"absmax, signed H, stochastic, T", stochastic, 1, 0x0},
+        {"quest, H", quest, 0, 0x5747e99e9bc8333f},
+        {"absmax, signed H, nearest", nearest, 0, 0xea7e0ae8168382e8},
+        {"absmax, signed H, nearest, T", nearest, 1, 0xd88f3f4668d65025},
+        {"absmax, signed H, stochastic", stochastic, 0, 0x8e3eb752d7383bd6},
+        {"absmax, signed H, stochastic, T", stochastic, 1, 0xf4fbd2fe325e4a47},
     };
     int ok = 1;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {

@@ -84,8 +84,9 @@ static size_t near_failures(const Near* near, size_t* worst) {
     double most = 0.0;
     for (size_t i = 0; i < near->n; i++) {
         double off = fabs(near->got[i] - near->want[i]) / near->tolerance[i];
-        failures += !(off <= 1.0);
-        if (!(off <= most)) {
+        off = off >= 0.0 ? off : INFINITY;  // NaN
+        failures += off > 1.0;
+        if (off > most) {
             most = off;
             *worst = i;
         }

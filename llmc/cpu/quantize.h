@@ -113,7 +113,7 @@ static void tile_quest(Tile* tile) {
         float variance = s2[l] * 0.03125f - mean * mean;
         variance = variance < 0.0f ? 0.0f : variance;
         float v = sqrtf(variance) * QUEST_SCALE + QUEST_EPSILON;
-        uint32_t exponent = f32_bits(v) >> 23;  // 255 where v is NaN or infinite: the NaN scale
+        uint32_t exponent = f32_bits(v) >> 23 & 255u;  // 255 where v is NaN, of either sign, or infinite: the NaN scale
         tile->scale[l] = exponent;
         inverse[l] = exponent == UE8M0_NAN ? 0.0f : f32_from_bits((254u - exponent) << 23);
         tile->mask[l] = 0;
