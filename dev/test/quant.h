@@ -263,9 +263,8 @@ static void test_quant_edges(const SafetensorsFile* file) {
     int rows, cols;
     const QuantSpec quest = TEST_QUEST, absmax = TEST_ABSMAX(ROTATE_NONE, ROUND_NEAREST);
     float* x = (float*)golden_read(file, "edge.quest.x", SAFETENSORS_F32, &rows, &cols);
-    QuantSpec no_rotation_given = quest;
     QTensor q = test_qtensor(&quest, rows, cols);
-    quantize_given(&q, &no_rotation_given, x, 0, NULL, NULL);
+    quantize_given(&q, &quest, x, 0, NULL, NULL);
     edge_expect(file, "quest", "codes", &q, "tile functions");
     test_qtensor_free(&q);
 #ifdef PRECISION_FP32

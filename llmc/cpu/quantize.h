@@ -11,7 +11,7 @@
 //
 // A tile is one rotation block (32 values along K) of LANES rows, value-major: every loop over lanes is one vector operation.
 #pragma once
-#include "../quant.h"
+#include "../ops.h"
 
 #define LANES 16
 
@@ -35,8 +35,11 @@ static void tile_load(Tile* tile, const QuantizeArgs* args, int r0, int c0, int 
         for (int k = 0; k < GROUP; k++) {
             size_t i = (size_t)(c0 + k) * rows + r0;
             float scale = ue8m0_to_f32(args->saved->scales[i / GROUP]);
-            for (int l = 0; l < lanes; l++) {
-                tile->v[k][l] = e2m1_to_f32((args->saved->codes[(i + l) / 2] >> (l % 2 * 4)) & 15u) * scale;
+            uint32_t codes[2];  // of all 16 lanes: the source's columns are a multiple of 32
+            memcpy(codes, args->saved->codes + i / 2, sizeof codes);
+            for (int l = 0; l < LANES; l++) {
+                uint32_t word = l < LANES / 2 ? codes[0] : codes[1];
+                tile->v[k][l] = e2m1_to_f32(word >> (4 * l & 31) & 15u) * scale;
             }
         }
     } else if (args->transposed) {
@@ -162,14 +165,18 @@ static void tile_absmax_nearest(Tile* tile) {
     }
 }
 
-static void tile_absmax_stochastic(Tile* tile, const QuantizeArgs* args, int r0, int c0, int lanes) {
-    memset(tile->code, 0, sizeof tile->code);
-    for (int l = 0; l < lanes; l++) {
-        size_t first = (size_t)(r0 + l) * args->out->cols + c0;
-        for (int k = 0; k < GROUP; k += 8) {
-            Philox random = philox(args->seed, args->round_index + (first + k) / 8, args->round_stream);
-            for (int j = 0; j < 8; j++) {
-                uint32_t bits = random.w[j / 2] >> (j % 2 * 16) & 0xffffu;
+// lanes past the end draw numbers, too, and are not stored
+static void tile_absmax_stochastic(Tile* tile, const QuantizeArgs* args, int r0, int c0) {
+    for (int k = 0; k < GROUP; k += 8) {
+        uint32_t words[4][LANES];
+        for (int l = 0; l < LANES; l++) {
+            uint64_t element = (uint64_t)(r0 + l) * (uint64_t)args->out->cols + (uint64_t)(c0 + k);
+            Philox random = philox(args->seed, args->round_index + element / 8, args->round_stream);
+            words[0][l] = random.w[0], words[1][l] = random.w[1], words[2][l] = random.w[2], words[3][l] = random.w[3];
+        }
+        for (int j = 0; j < 8; j++) {
+            for (int l = 0; l < LANES; l++) {
+                uint32_t bits = words[j / 2][l] >> (j % 2 * 16) & 0xffffu;
                 uint32_t code = f32_to_e2m1_stochastic(tile->v[k + j][l], bits);
                 tile->code[k + j][l] = tile->scale[l] == UE8M0_NAN ? 0u : code;
             }
@@ -246,7 +253,7 @@ static void quantize_tile(const QuantizeArgs* args, int r0, int c0) {
     } else {
         tile_absmax_scale(&tile);
         if (args->spec.rounding == ROUND_STOCHASTIC) {
-            tile_absmax_stochastic(&tile, args, r0, c0, lanes);
+            tile_absmax_stochastic(&tile, args, r0, c0);
         } else {
             tile_absmax_nearest(&tile);
         }
@@ -276,55 +283,63 @@ static void cpu_quantize(const QuantizeArgs* args) {
         check(args->saved && args->saved->rows == out->cols && args->saved->cols == out->rows && out->rows % GROUP == 0,
               "internal: the saved operand is not (%d, %d)", out->cols, out->rows);
     }
-    int row_tiles = (int)ceil_div(out->rows, LANES), blocks = out->cols / GROUP;
+    // strips of rows, so that a source that is read across its rows uses whole cache lines
+    const int strip_rows = 8 * LANES;
+    int strips = (int)ceil_div(out->rows, strip_rows), blocks = out->cols / GROUP;
 #pragma omp parallel for collapse(2) schedule(static)
-    for (int tile = 0; tile < row_tiles; tile++) {
+    for (int strip = 0; strip < strips; strip++) {
         for (int block = 0; block < blocks; block++) {
-            quantize_tile(args, tile * LANES, block * GROUP);
+            int end = min_int(out->rows, (strip + 1) * strip_rows);
+            for (int r0 = strip * strip_rows; r0 < end; r0 += LANES) {
+                quantize_tile(args, r0, block * GROUP);
+            }
         }
     }
 }
 
-// x = H (x * mask), f32, 32 values: undoes mask and rotation of one group
-static inline void unrotate_group(float* x, uint32_t mask) {
-    for (int k = 0; k < GROUP; k++) {
-        x[k] = mask >> k & 1u ? x[k] : 0.0f;
+// x (rows, cols) = H (x * mask), of floatX or f32, by tiles: undoes mask and rotation
+static void unrotate_tile(void* x, OutType type, const uint32_t* mask, int r0, int c0, int cols, int lanes) {
+    Tile tile;
+    float line[GROUP];
+    if (lanes < LANES) {
+        memset(tile.v, 0, sizeof tile.v);
     }
-    for (int h = 1; h < GROUP; h *= 2) {
-        float y[GROUP];
+    for (int l = 0; l < lanes; l++) {
+        size_t first = (size_t)(r0 + l) * cols + c0;
+        uint32_t keep = mask ? mask[first / GROUP] : ~0u;
         for (int k = 0; k < GROUP; k++) {
-            y[k] = k & h ? x[k ^ h] - x[k] : x[k] + x[k ^ h];
+            float v = type == OUT_F32 ? ((const float*)x)[first + k] : floatX_to_f32(((const floatX*)x)[first + k]);
+            line[k] = keep >> k & 1u ? v : 0.0f;
         }
-        memcpy(x, y, sizeof y);
-    }
-    for (int k = 0; k < GROUP; k++) {
-        x[k] *= HADAMARD_SCALE;
-    }
-}
-
-static void cpu_unrotate_f32(float* x, const uint32_t* mask, int rows, int cols) {
-#pragma omp parallel for schedule(static)
-    for (int row = 0; row < rows; row++) {
-        for (int b = 0; b < cols / GROUP; b++) {
-            size_t group = (size_t)row * (cols / GROUP) + b;
-            unrotate_group(x + group * GROUP, mask ? mask[group] : ~0u);
+        for (int k = 0; k < GROUP; k++) {
+            tile.v[k][l] = line[k];
         }
     }
-}
-
-static void cpu_unrotate(floatX* x, const uint32_t* mask, int rows, int cols) {
-#pragma omp parallel for schedule(static)
-    for (int row = 0; row < rows; row++) {
-        for (int b = 0; b < cols / GROUP; b++) {
-            size_t group = (size_t)row * (cols / GROUP) + b;
-            float values[GROUP];
-            for (int k = 0; k < GROUP; k++) {
-                values[k] = floatX_to_f32(x[group * GROUP + k]);
-            }
-            unrotate_group(values, mask ? mask[group] : ~0u);
-            for (int k = 0; k < GROUP; k++) {
-                x[group * GROUP + k] = f32_to_floatX(values[k]);
+    tile_hadamard(&tile);
+    for (int l = 0; l < lanes; l++) {
+        size_t first = (size_t)(r0 + l) * cols + c0;
+        for (int k = 0; k < GROUP; k++) {
+            line[k] = tile.v[k][l];
+        }
+        for (int k = 0; k < GROUP; k++) {
+            if (type == OUT_F32) {
+                ((float*)x)[first + k] = line[k];
+            } else {
+                ((floatX*)x)[first + k] = f32_to_floatX(line[k]);
             }
         }
     }
 }
+
+static void unrotate_all(void* x, OutType type, const uint32_t* mask, int rows, int cols) {
+    int tiles = (int)ceil_div(rows, LANES), blocks = cols / GROUP;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int tile = 0; tile < tiles; tile++) {
+        for (int block = 0; block < blocks; block++) {
+            unrotate_tile(x, type, mask, tile * LANES, block * GROUP, cols, min_int(LANES, rows - tile * LANES));
+        }
+    }
+}
+
+static void cpu_unrotate(floatX* x, const uint32_t* mask, int rows, int cols) { unrotate_all(x, OUT_FLOATX, mask, rows, cols); }
+static void cpu_unrotate_f32(float* x, const uint32_t* mask, int rows, int cols) { unrotate_all(x, OUT_F32, mask, rows, cols); }

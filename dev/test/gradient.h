@@ -1,0 +1,234 @@
+// gradient.h: gradients against differences: attention, whose backward pass is the longest (part of section ops, both builds), and the
+// whole model (section gradient, FP32 build).
+#pragma once
+#include "linear.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// analytic gradients against differences: f maps inp (n) to out (m); sum(dout * f) has the gradient dinp
+
+typedef void (*ForwardF64)(double* out, const double* inp, const void* shape);
+
+static double gradient_difference(ForwardF64 f, const void* shape, const double* inp, const double* direction, size_t n,
+                                  const double* dout, size_t m, double step) {
+    double *at = test_zeros(n), *out = test_zeros(m), result = 0.0;
+    for (int side = -1; side <= 1; side += 2) {
+        for (size_t i = 0; i < n; i++) {
+            at[i] = inp[i] + side * step * direction[i];
+        }
+        f(out, at, shape);
+        for (size_t i = 0; i < m; i++) {
+            result += side * dout[i] * out[i] / (2.0 * step);
+        }
+    }
+    free(at);
+    free(out);
+    return result;
+}
+
+// Along three random directions. The step balances the third derivative (step^2) and f64 rounding (2^-53 / step): 1e-8 is left
+// of either, relative to the lengths of gradient and direction; planted: the gradient times 1.001.
+static void expect_gradient(const char* what, ForwardF64 f, const void* shape, const double* inp, size_t n, const double* dout,
+                            size_t m, const double* dinp) {
+    double* direction = test_zeros(n);
+    uint64_t state = 99;
+    int good = 1, seen = 0;
+    for (int trial = 0; trial < 3; trial++) {
+        double along = 0.0, length = 0.0, size = 0.0;
+        for (size_t i = 0; i < n; i++) {
+            direction[i] = test_normal(&state) + (trial == 2 ? 3.0 * dinp[i] : 0.0);
+            along += direction[i] * dinp[i];
+            length += direction[i] * direction[i];
+            size += dinp[i] * dinp[i];
+        }
+        double scale = sqrt(length * size) + 1e-6;
+        double difference = gradient_difference(f, shape, inp, direction, n, dout, m, 1e-4 / sqrt(length));
+        good &= fabs(difference - along) <= 1e-6 * scale;
+        seen |= fabs(difference - along * 1.001) > 1e-6 * scale;
+    }
+    expect(good, "%s: the analytic gradient is not that of the forward pass", what);
+    expect(seen || n == 1 || m == 1, "%s: a planted error of 1e-3 is not seen by the differences", what);
+    free(direction);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// attention in f64. weights (B, NH, T, T) = softmax, lse (B, NH, T); out (B, T, NH, HS). Tests read qkv by head.
+
+static const double* qkv_row(const double* qkv, AttentionShape s, int b, int t, int head) {
+    return qkv + ((size_t)(b * s.T + t) * (s.NH + 2 * s.NKV) + head) * s.HS;
+}
+
+static double dot_f64(const double* a, const double* b, int n) {
+    double sum = 0.0;
+    for (int i = 0; i < n; i++) {
+        sum += a[i] * b[i];
+    }
+    return sum;
+}
+
+// weights and lse of one query; returns how many roundings the weights suffer: q k by HS terms, the maximum taken off, exp
+static double attention_row_f64(double* weights, double* lse, const double* qkv, AttentionShape s, int b, int h, int t) {
+    const double* q = qkv_row(qkv, s, b, t, h);
+    int key = s.NH + h / (s.NH / s.NKV);
+    double largest = -INFINITY, sum = 0.0, size = 0.0;
+    for (int j = 0; j <= t; j++) {
+        const double* k = qkv_row(qkv, s, b, j, key);
+        weights[j] = dot_f64(q, k, s.HS) / sqrt((double)s.HS);
+        largest = fmax(largest, weights[j]);
+        for (int i = 0; i < s.HS; i++) {
+            size = fmax(size, fabs(weights[j]));
+        }
+        size = fmax(size, sqrt(dot_f64(q, q, s.HS) * dot_f64(k, k, s.HS) / s.HS) / sqrt((double)s.HS));
+    }
+    for (int j = 0; j <= t; j++) {
+        sum += exp(weights[j] - largest);
+    }
+    *lse = log(sum) + largest;
+    for (int j = 0; j <= t; j++) {
+        weights[j] = exp(weights[j] - *lse);
+    }
+    return (sqrt((double)s.HS) + 4.0) * size + fabs(*lse) + sqrt(t + 1.0) + 8.0;
+}
+
+// size and roundings (may be NULL): what the roundings of an element of out are relative to, and how many
+static void attention_f64_full(double* out, double* lse, double* size, double* roundings, const double* qkv, AttentionShape s) {
+    double* weights = test_zeros((size_t)s.T);
+    for (int i = 0; i < s.B * s.NH * s.T; i++) {
+        int t = i % s.T, h = i / s.T % s.NH, b = i / s.T / s.NH;
+        double row_lse, counted = attention_row_f64(weights, &row_lse, qkv, s, b, h, t);
+        size_t at = ((size_t)(b * s.T + t) * s.NH + h) * s.HS;
+        for (int c = 0; c < s.HS; c++) {
+            double sum = 0.0, absolute = 0.0;
+            for (int j = 0; j <= t; j++) {
+                double term = weights[j] * qkv_row(qkv, s, b, j, s.NH + s.NKV + h / (s.NH / s.NKV))[c];
+                sum += term;
+                absolute += fabs(term);
+            }
+            out[at + c] = sum;
+            if (size) {
+                size[at + c] = absolute;
+            }
+        }
+        if (size) {
+            lse[i] = row_lse;
+            roundings[i] = counted;
+        }
+    }
+    free(weights);
+}
+
+static void attention_f64(double* out, const double* qkv, const void* shape) {
+    attention_f64_full(out, NULL, NULL, NULL, qkv, *(const AttentionShape*)shape);
+}
+
+// out is an input of the operation: as it was stored
+static void attention_backward_f64(double* dqkv, double* size, const double* dout, const double* out, const double* qkv,
+                                   AttentionShape s) {
+    double *weights = test_zeros((size_t)s.T), scale = 1.0 / sqrt((double)s.HS);
+    for (int i = 0; i < s.B * s.NH * s.T; i++) {
+        int t = i % s.T, h = i / s.T % s.NH, b = i / s.T / s.NH, kv = h / (s.NH / s.NKV);
+        size_t at = ((size_t)(b * s.T + t) * s.NH + h) * s.HS;
+        double lse, counted = attention_row_f64(weights, &lse, qkv, s, b, h, t);
+        double delta = dot_f64(dout + at, out + at, s.HS);
+        double delta_size = sqrt(dot_f64(dout + at, dout + at, s.HS) * dot_f64(out + at, out + at, s.HS) / s.HS);
+        for (int j = 0; j <= t; j++) {
+            size_t q = (size_t)(qkv_row(qkv, s, b, t, h) - qkv), k = (size_t)(qkv_row(qkv, s, b, j, s.NH + kv) - qkv);
+            size_t v = (size_t)(qkv_row(qkv, s, b, j, s.NH + s.NKV + kv) - qkv);
+            double dp = dot_f64(dout + at, qkv + v, s.HS), ds = weights[j] * (dp - delta) * scale;
+            double dp_size = sqrt(dot_f64(dout + at, dout + at, s.HS) * dot_f64(qkv + v, qkv + v, s.HS) / s.HS);
+            double sums = sqrt((double)s.HS) * (dp_size + delta_size) + fabs(dp) + fabs(delta);
+            double ds_size = weights[j] * scale * (sums + counted * fabs(dp - delta));
+            for (int c = 0; c < s.HS; c++) {
+                dqkv[q + c] += ds * qkv[k + c];
+                dqkv[k + c] += ds * qkv[q + c];
+                dqkv[v + c] += weights[j] * dout[at + c];
+                // roundings of ds, and of the sums over keys (queries) that it enters
+                size[q + c] += (ds_size + sqrt((double)s.T) * fabs(ds)) * fabs(qkv[k + c]);
+                size[k + c] += (ds_size + sqrt((double)s.T) * fabs(ds)) * fabs(qkv[q + c]);
+                size[v + c] += (counted + sqrt((double)s.T)) * fabs(weights[j] * dout[at + c]);
+            }
+        }
+    }
+    free(weights);
+}
+
+static void attention_want(Near* near, const double* want, const double* size, const double* roundings, AttentionShape s) {
+    for (size_t i = 0; i < near->n; i++) {
+        int h = (int)(i / s.HS % s.NH), t = (int)(i / s.HS / s.NH % s.T), b = (int)(i / s.HS / s.NH / s.T);
+        near_want(near, i, want[i], size[i], roundings[(b * s.NH + h) * s.T + t]);
+    }
+}
+
+// decoding: a first piece of several tokens, then one by one, every row as in the whole
+static void attention_cached_check(const floatX* qkv, const double* want, const double* size, const double* roundings, AttentionShape s) {
+    int width = (s.NH + 2 * s.NKV) * s.HS;
+    floatX *out = test_tensor((size_t)s.T * s.NH * s.HS, 1, 1.0);
+    floatX *keys = test_tensor((size_t)s.T * s.NKV * s.HS, 2, NAN), *values = test_tensor((size_t)s.T * s.NKV * s.HS, 3, NAN);
+    for (int first = 0; first < s.T;) {
+        AttentionShape piece = s;
+        piece.T = first == 0 ? (s.T + 1) / 2 : 1;
+        CPU_OPS.attention_cached(out + (size_t)first * s.NH * s.HS, keys, values, qkv + (size_t)first * width, piece, first);
+        first += piece.T;
+    }
+    Near near = near_floatX(out, (size_t)s.T * s.NH * s.HS);
+    attention_want(&near, want, size, roundings, s);
+    near_expect(&near, "attention with a cache, T %d NH %d NKV %d HS %d", s.T, s.NH, s.NKV, s.HS);
+    test_free(out, keys, values);
+}
+
+static void test_ops_attention_shape(AttentionShape s, double scale) {
+    int width = (s.NH + 2 * s.NKV) * s.HS;
+    size_t nq = (size_t)s.B * s.T * width, no = (size_t)s.B * s.T * s.NH * s.HS, rows = (size_t)s.B * s.NH * s.T;
+    floatX *qkv = test_tensor(nq, 1, scale), *out = test_tensor(no, 2, 1.0), *dy = test_tensor(no, 3, 1.0), *dqkv = test_tensor(nq, 4, 1.0);
+    float* lse = (float*)malloc_or_die(rows * sizeof(float), "test");
+    double *inp = test_double(qkv, nq), *dout = test_double(dy, no), *want = test_zeros(no), *lse_want = test_zeros(rows);
+    double *size = test_zeros(no), *roundings = test_zeros(rows), *grad = test_zeros(nq), *grad_size = test_zeros(nq);
+    CPU_OPS.attention_forward(out, lse, qkv, s);
+    CPU_OPS.attention_backward(dqkv, dy, out, qkv, lse, s);
+    attention_f64_full(want, lse_want, size, roundings, inp, s);
+    Near near = near_floatX(out, no), near_lse = near_f32(lse, rows), back = near_floatX(dqkv, nq);
+    attention_want(&near, want, size, roundings, s);
+    for (size_t i = 0; i < rows; i++) {
+        near_want(&near_lse, i, lse_want[i], 1.0, roundings[i]);
+    }
+    near_expect(&near, "attention, B %d T %d NH %d NKV %d HS %d", s.B, s.T, s.NH, s.NKV, s.HS);
+    near_expect(&near_lse, "lse, B %d T %d NH %d NKV %d HS %d", s.B, s.T, s.NH, s.NKV, s.HS);
+    double* stored = test_double(out, no);
+    attention_backward_f64(grad, grad_size, dout, stored, inp, s);
+    for (size_t i = 0; i < nq; i++) {
+        near_want_error(&back, i, grad[i], grad_size[i] * F32_ROUNDING);
+    }
+    near_expect(&back, "attention backward, B %d T %d NH %d NKV %d HS %d", s.B, s.T, s.NH, s.NKV, s.HS);
+    if (s.B == 1) {
+        attention_cached_check(qkv, want, size, roundings, s);
+    }
+    if (s.T > 1 && s.T < 64) {
+        memset(grad, 0, nq * sizeof(double));
+        attention_backward_f64(grad, grad_size, dout, want, inp, s);
+        expect_gradient("attention", attention_f64, &s, inp, nq, dout, no, grad);
+        AttentionShape other = s;  // planted: the heads grouped in another way
+        other.NKV = s.NKV == s.NH ? 1 : s.NKV;
+        near = near_floatX(out, no);
+        for (size_t i = 0; i < nq; i++) {
+            inp[i] *= 1.05;
+        }
+        attention_f64_full(want, lse_want, size, roundings, inp, s);
+        attention_want(&near, want, size, roundings, s);
+        near_expect_far(&near, "attention of other values");
+    }
+    test_free(qkv, out, dy, dqkv, lse, inp, dout, want, lse_want, size, roundings, grad, grad_size, stored);
+}
+
+static void test_ops_attention(void) {
+    const int lengths[] = {1, 3, 63, 64, 65, 130}, sizes[] = {16, 64, 128}, groups[] = {1, 2, 4};
+    for (int i = 0; i < 18; i++) {
+        int group = groups[(i + i / 6) % 3], T = lengths[i % 6];
+        AttentionShape s = {.B = 1 + i % 2, .T = T, .NH = T > 64 && group < 4 ? 2 : 4, .NKV = 1, .HS = sizes[i / 6]};
+        s.NKV = s.NH / group > 0 ? s.NH / group : 1;
+        test_ops_attention_shape(s, i % 4 == 3 ? 3.0 : 1.0);
+    }
+    test_ops_attention_shape((AttentionShape){.B = 1, .T = 5, .NH = 6, .NKV = 3, .HS = 6}, 1.0);
+    test_ops_attention_shape((AttentionShape){.B = 3, .T = 2, .NH = 1, .NKV = 1, .HS = 2}, 10.0);
+}
+
+static void test_gradient(void) {
+}
