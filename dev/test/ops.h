@@ -2,7 +2,8 @@
 //
 // Forward: against an f64 loop over the same inputs. Backward: against an f64 analytic loop, and that loop against central
 // differences of the f64 forward. The tolerances count roundings (formats.h); the comparators are fed planted errors, and every
-// operation is also compared with the result of a wrong parameter, which must not fit. Attention is tested in gradient.h.
+// operation is also compared with the result of a wrong parameter, which must not fit. Attention and products are
+// tested in gradient.h, which keeps this file short.
 #pragma once
 #include "gradient.h"
 
@@ -355,12 +356,12 @@ static void test_ops_sum_squares(size_t n) {
     long double want = 0.0L;
     uint64_t state = n;
     for (size_t i = 0; i < n; i++) {
-        x[i] = (float)(test_normal(&state) * ldexp(1.0, (int)(i % 40) - 20));
+        x[i] = i + 1 == n ? 262144.0f : (float)(test_normal(&state) * ldexp(1.0, (int)(i % 40) - 20));
         want += (long double)x[i] * (long double)x[i];
     }
     double got = CPU_OPS.sum_squares(x, n), tolerance = 2.0 * (sqrt((double)n) + 1.0) * ldexp(1.0, -53) * (double)want;
     expect(fabs(got - (double)want) <= tolerance, "sum of %zu squares is %.17g, not %.17Lg", n, got, want);
-    x[n - 1] *= 2.0f;
+    x[n - 1] = 262145.0f;
     expect(fabs(CPU_OPS.sum_squares(x, n) - (double)want) > tolerance, "the last of %zu elements is not seen", n);
     free(x);
 }
@@ -407,72 +408,16 @@ static void test_ops_adamw(size_t n, int64_t t, float decay) {
     for (int k = 0; k < 3; k++) {
         near_expect(&near[k], "adamw %s, n %zu, t %lld", k == 0 ? "master" : k == 1 ? "m" : "v", n, (long long)t);
     }
-    near_expect_far(&wrong, "adamw with beta2 .951");
+    if (n > 1) {
+        near_expect_far(&wrong, "adamw with beta2 .951");
+    } else {
+        near_free(&wrong);
+    }
     expect(rounded, "the parameter is not the rounded master");
     for (int k = 0; k < 4; k++) {
         free(memory[k]);
     }
     free(param);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// products: every pair of dense, transposed and MXFP4 operands, each kind of output
-
-typedef enum { TEST_OPERAND_DENSE, TEST_OPERAND_TRANSPOSED, TEST_OPERAND_MXFP4, TEST_OPERANDS } TestOperand;
-
-static QTensor gemm_operand(TestOperand kind, int rows, int cols, uint64_t seed) {
-    floatX* x = test_tensor((size_t)rows * cols, seed, 1.0);
-    if (kind != TEST_OPERAND_MXFP4) {
-        return qtensor_view(x, rows, cols, kind == TEST_OPERAND_TRANSPOSED);
-    }
-    const QuantSpec spec = TEST_ABSMAX(ROTATE_NONE, ROUND_NEAREST);
-    QTensor q = quantize_op(&spec, rows, cols, x, 0, 1);
-    free(x);
-    return q;
-}
-
-static void gemm_operand_free(QTensor* q) {
-    if (q->format == FORMAT_MXFP4) {
-        test_qtensor_free(q);
-    } else {
-        free((void*)q->dense);
-    }
-}
-
-static void test_ops_gemm(TestOperand kind_a, TestOperand kind_b, int M, int N, int K) {
-    QTensor a = gemm_operand(kind_a, M, K, 1), b = gemm_operand(kind_b, N, K, 2);
-    size_t n = (size_t)M * N;
-    floatX* out = test_tensor(n, 3, NAN);  // what `=` overwrites must not matter
-    float *out32 = (float*)malloc_or_die(n * sizeof(float), "test"), *sum32 = (float*)malloc_or_die(n * sizeof(float), "test");
-    double *da = test_decoded(&a), *db = test_decoded(&b), *want = test_zeros(n), *error = test_zeros(n);
-    for (size_t i = 0; i < n; i++) {
-        out32[i] = NAN;
-        sum32[i] = 0.125f * (float)(i % 64);
-    }
-    const float alpha = 0.75f;
-    double owed = (kind_a == TEST_OPERAND_MXFP4 ? 4.0 / 3.0 : 1.0) * (kind_b == TEST_OPERAND_MXFP4 ? 4.0 / 3.0 : 1.0);
-    product_f64(want, error, da, db, M, N, K, (double)alpha * owed);
-    GemmArgs args = {.out = out, .out_type = OUT_FLOATX, .accumulate = 0, .a = &a, .b = &b, .alpha = alpha};
-    CPU_OPS.gemm(&args);
-    args.out = out32, args.out_type = OUT_F32;
-    CPU_OPS.gemm(&args);
-    args.out = sum32, args.accumulate = 1;
-    CPU_OPS.gemm(&args);
-    Near near[3] = {near_floatX(out, n), near_f32(out32, n), near_f32(sum32, n)}, wrong = near_f32(out32, n);
-    for (size_t i = 0; i < n; i++) {
-        near_want_error(&near[0], i, want[i], error[i]);
-        near_want_error(&near[1], i, want[i], error[i]);
-        near_want_error(&near[2], i, want[i] + 0.125 * (double)(i % 64), error[i] + 8.0 * F32_ROUNDING);
-        near_want_error(&wrong, i, want[i] * 0.75, error[i]);
-    }
-    const char* names[3] = {"floatX", "f32", "f32 +="};
-    for (int i = 0; i < 3; i++) {
-        near_expect(&near[i], "gemm of kinds %d %d to %s, %d %d %d", kind_a, kind_b, names[i], M, N, K);
-    }
-    near_expect_far(&wrong, "gemm with another factor");
-    gemm_operand_free(&a);
-    gemm_operand_free(&b);
-    test_free(out, out32, sum32, da, db, want, error);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -509,9 +454,9 @@ static void test_ops_nan(void) {
         CPU_OPS.rope(y, table, s, 0, 0);
         expect(has_nan(y, n), "rope loses a NaN");
         CPU_OPS.attention_forward(y, stats, x, s);
-        expect(i % 48 == 0 || has_nan(y, (size_t)BT * 16), "attention loses a NaN");
+        expect(i >= (size_t)BT * 48 || has_nan(y, (size_t)BT * 16), "attention loses a NaN");
         CPU_OPS.attention_cached(z, caches, caches + n / 2, x, s, 0);
-        expect(has_nan(z, (size_t)BT * 16), "cached attention loses a NaN");
+        expect(i >= (size_t)BT * 48 || has_nan(z, (size_t)BT * 16), "cached attention loses a NaN");
         stats[0] = stats[1] = stats[2] = stats[3] = 1.0f;
         CPU_OPS.attention_backward(y, x, clean, clean, stats, s);
         expect(i >= (size_t)BT * 16 || has_nan(y, (size_t)BT * 48), "attention backward loses a NaN");

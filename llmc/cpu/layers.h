@@ -13,8 +13,8 @@ static inline float cpu_exp(float x) {
     float clamped = x > 88.0f ? 88.0f : x > -87.0f ? x : -87.0f;  // NaN becomes -87 here and is put back below
     float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
     float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666672f + r * (0.0416666418f + r * (0.00833338592f +
-              r * 0.00139304355f)))));
+    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166665763f + r * (0.0416665561f + r * (0.00836319476f +
+              r * 0.00139262038f)))));
     float y = p * f32_from_bits((uint32_t)((int)n + 127) << 23);
     y = x < -87.0f ? 0.0f : y;
     return x != x ? x : x > 88.0f ? f32_from_bits(0x7f800000u) : y;

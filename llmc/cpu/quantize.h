@@ -37,6 +37,7 @@ static void tile_load(Tile* tile, const QuantizeArgs* args, int r0, int c0, int 
             float scale = ue8m0_to_f32(args->saved->scales[i / GROUP]);
             uint32_t codes[2];  // of all 16 lanes: the source's columns are a multiple of 32
             memcpy(codes, args->saved->codes + i / 2, sizeof codes);
+#pragma omp simd
             for (int l = 0; l < LANES; l++) {
                 uint32_t word = l < LANES / 2 ? codes[0] : codes[1];
                 tile->v[k][l] = e2m1_to_f32(word >> (4 * l & 31) & 15u) * scale;
