@@ -2,6 +2,7 @@
 //   ./test_llama              all sections
 //   ./test_llama quant data   some of them
 //   ./test_llama list         their names
+//   ./test_llama export DIR   a checkpoint and our logits for dev/ref/hf_check.py (export-rope: with Llama-3 rope scaling)
 // Ends with a line `N passed, N failed`; exit code 1 if any check failed. Run it from the repository's root (golden files).
 #define TESTING
 #include "train_llama.cu"
@@ -9,6 +10,7 @@
 #include "dev/test/harness.h"
 
 #include "dev/test/data.h"
+#include "dev/test/export.h"
 #include "dev/test/json.h"
 #include "dev/test/safetensors.h"
 #include "dev/test/tokenizer.h"
@@ -30,6 +32,9 @@ int main(int argc, char** argv) {
             printf("%-12s %s\n", SECTIONS[i].name, SECTIONS[i].what);
         }
         return 0;
+    }
+    if (argc == 3 && (!strcmp(argv[1], "export") || !strcmp(argv[1], "export-rope"))) {
+        return export_checkpoint(argv[2], !strcmp(argv[1], "export-rope"));
     }
     for (int a = 1; a < argc; a++) {
         int known = 0;

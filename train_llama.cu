@@ -93,9 +93,26 @@ static int parse_prompt_ids(const char* text, int* ids, int most, int V) {
     return count;
 }
 
-// the prompt as tokens: given ids, encoded text, or the document separator
-static int prompt_tokens(const Run* run, int* ids, int most) {
+// the first tokens of the validation data (of the training data where there is none): `data` or `data:N`
+static int prompt_from_data(Trainer* t, int* ids, int most) {
+    const char* digits = t->run.config.prompt + 4;
+    int64_t wanted = 32;
+    check_or(!*digits || (*digits == ':' && parse_count(digits + 1, &wanted) && wanted > 0), EXIT_USAGE,
+             "--prompt '%s': expected data or data:N with N tokens", t->run.config.prompt);
+    check_or(t->inputs, EXIT_USAGE, "--prompt data needs --train-data");
+    data_read_even(t->has_val ? &t->val : &t->train, t->inputs, t->targets, 0, t->run.B, t->run.B);
+    int count = (int)min_i64(wanted, min_int(most, t->run.T));
+    memcpy(ids, t->inputs, sizeof(int) * (size_t)count);
+    return count;
+}
+
+// the prompt as tokens: given ids, tokens of the data, encoded text, or the document separator
+static int prompt_tokens(Trainer* t, int* ids, int most) {
+    const Run* run = &t->run;
     const char* prompt = run->config.prompt;
+    if (!strcmp(prompt, "data") || starts_with(prompt, "data:")) {
+        return prompt_from_data(t, ids, most);
+    }
     if (starts_with(prompt, "ids:")) {
         int count = parse_prompt_ids(prompt + 4, ids, most, run->model_config.V);
         check_or(count > 0, EXIT_USAGE, "--prompt ids: names no token");
@@ -121,7 +138,7 @@ static void print_sample(Trainer* t) {
     const Run* run = &t->run;
     int most = run->model_config.max_positions;
     int* ids = (int*)malloc_or_die(sizeof(int) * (size_t)(most + 1), "sample");
-    int count = prompt_tokens(run, ids, most - 1);
+    int count = prompt_tokens(t, ids, most - 1);
     int vocab = run->tokenizer ? run->tokenizer->vocab : run->model_config.V;
     int total = (int)min_i64(most, count + run->config.sample_tokens);
     count = generate(&t->model, ids, count, total, vocab, run->config.temperature, (uint64_t)run->config.seed, t->state.step);

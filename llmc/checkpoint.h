@@ -65,7 +65,7 @@ static int64_t* checkpoint_list(const char* out, int* count) {
     if (!folder) {
         return NULL;
     }
-    for (struct dirent* entry; (entry = readdir(folder));) {
+    for (struct dirent* entry; (entry = readdir(folder)) != NULL;) {
         int64_t step = checkpoint_name_step(entry->d_name);
         if (step >= 0) {
             steps = (int64_t*)realloc(steps, sizeof(int64_t) * (size_t)(*count + 1));
@@ -90,7 +90,7 @@ static void remove_flat_folder(const char* path) {
     if (!folder) {
         return;
     }
-    for (struct dirent* entry; (entry = readdir(folder));) {
+    for (struct dirent* entry; (entry = readdir(folder)) != NULL;) {
         if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..")) {
             char* file = format_string("%s/%s", path, entry->d_name);
             unlink(file);
@@ -107,7 +107,7 @@ static void checkpoint_clean(const char* out) {
     if (!folder) {
         return;
     }
-    for (struct dirent* entry; (entry = readdir(folder));) {
+    for (struct dirent* entry; (entry = readdir(folder)) != NULL;) {
         size_t length = strlen(entry->d_name);
         if (starts_with(entry->d_name, "step_") && length > 4 && !strcmp(entry->d_name + length - 4, ".tmp")) {
             char* path = format_string("%s/%s", out, entry->d_name);

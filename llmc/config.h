@@ -54,7 +54,7 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
     X(COUNT, val_batches, "20", "Run", "N", "micro-batches of one validation") \
     X(COUNT, log_every, "10", "Run", "STEPS", "interval of the FP4 telemetry in metrics.jsonl; 0: none") \
     X(COUNT, sample_every, "0", "Run", "STEPS", "interval of sample texts; 0: none") \
-    X(TEXT, prompt, "", "Run", "TEXT|ids:1,2", "start of a sample; alone (no --train-data): sample from the checkpoint, stop") \
+    X(TEXT, prompt, "", "Run", "TEXT|ids:1,2|data:N", "start of a sample; without --train-data: sample from the checkpoint, stop") \
     X(COUNT, sample_tokens, "128", "Run", "N", "tokens of a sample") \
     X(REAL, temperature, "0.8", "Run", "X", "of sampling; 0: always the likeliest token") \
     X(REAL, max_minutes, "0", "Run", "MINUTES", "save and exit 75 after this time; 0: no limit") \
@@ -253,7 +253,7 @@ static void knob_set(Config* config, int id, const char* value, KnobOrigin origi
     }
 }
 
-// lines `name = value`, # starts a comment
+// lines `name = value`; # at the start of a line or after a blank starts a comment
 static void config_read_file(Config* config, const char* path) {
     char* text = read_file_or_die(path, NULL);  // kept: knobs point into it
     int line_number = 0;
@@ -263,9 +263,11 @@ static void config_read_file(Config* config, const char* path) {
         if (next) {
             *next++ = 0;
         }
-        char* comment = strchr(line, '#');
-        if (comment) {
-            *comment = 0;
+        for (char* at = line; *at; at++) {
+            if (*at == '#' && (at == line || strchr(" \t", at[-1]))) {
+                *at = 0;
+                break;
+            }
         }
         line += strspn(line, " \t\r");
         size_t end = strlen(line);

@@ -402,11 +402,7 @@ static Json* json_try_parse(const char* text, size_t bytes, const char* name, ch
         capacity += text[i] == ',' || text[i] == '[' || text[i] == '{';
     }
     size_t name_bytes = strlen(name) + 1;
-    Json* nodes = (Json*)malloc(capacity * sizeof(Json) + bytes + 1 + name_bytes);
-    if (!nodes) {
-        snprintf(error, error_bytes, "'%s': not enough memory for %zu bytes of JSON", name, bytes);
-        return NULL;
-    }
+    Json* nodes = (Json*)malloc_or_die(capacity * sizeof(Json) + bytes + 1 + name_bytes, name);
     char* copy = (char*)(nodes + capacity);
     if (bytes > 0) {
         memcpy(copy, text, bytes);

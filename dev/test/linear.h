@@ -7,9 +7,6 @@
 //   unbiased     with stochastic rounding the mean over 10,000 seeds of dX and dW is the product of the unrounded operands
 #pragma once
 #include "quant.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define TEST_ROTATION_ROUNDINGS 6.0  // five sums and a factor
 
@@ -430,10 +427,8 @@ static void unbiased_sums(Rounding rounding, double* sum, double* squares, doubl
 static void test_linear_unbiased(void) {
     const size_t n = 32 * 64;
     double *sum = test_zeros(2 * n), *squares = test_zeros(2 * n), *want = test_zeros(2 * n);
-#ifdef _OPENMP
-    int threads = omp_get_max_threads();
-    omp_set_num_threads(1);  // the products are small
-#endif
+    int threads = cpu_threads();
+    cpu_set_threads(1);  // the products are small
     unbiased_sums(ROUND_STOCHASTIC, sum, squares, want);
     for (size_t part = 0; part < 2; part++) {
         const char* name = part ? "dW" : "dX";
@@ -452,9 +447,7 @@ static void test_linear_unbiased(void) {
     Deviations nearest = deviations_of(sum, squares, want, 2 * n, 0.0);
     expect(!deviations_fit(nearest, 32 * 32), "the bias of rounding to nearest is not seen: %zu beyond 4, %zu beyond 6, %.3f",
            nearest.beyond4, nearest.beyond6, nearest.mean_square);
-#ifdef _OPENMP
-    omp_set_num_threads(threads);
-#endif
+    cpu_set_threads(threads);
     free(sum);
     free(squares);
     free(want);

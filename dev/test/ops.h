@@ -491,7 +491,6 @@ static void test_ops_nan(void) {
     expect(!has_nan(none, 1), "finds a NaN where there is none");
 }
 
-#ifdef _OPENMP
 // all results of a few operations, one behind the other; returns their number of bytes
 static size_t threaded_results(uint8_t* out, const floatX* x, size_t n, const float* x32) {
     const AttentionShape s = {2, 65, 4, 2, 16};  // qkv 2 * 65 * 128
@@ -528,24 +527,21 @@ static void test_ops_threads(void) {
     float* x32 = (float*)malloc_or_die(n * sizeof(float), "test");
     uint8_t* results[3];
     size_t bytes = 0;
-    int threads = omp_get_max_threads();
+    int threads = cpu_threads();
     for (size_t i = 0; i < n; i++) {
         x32[i] = floatX_to_f32(x[i]) * (float)(i % 1000);
     }
     for (int k = 0; k < 3; k++) {
-        omp_set_num_threads(k + 1);
+        cpu_set_threads(k + 1);
         results[k] = (uint8_t*)calloc_or_die(16 << 20, "test");
         bytes = threaded_results(results[k], x, n, x32);
     }
-    omp_set_num_threads(threads);
+    cpu_set_threads(threads);
     expect(!memcmp(results[0], results[1], bytes) && !memcmp(results[0], results[2], bytes), "results depend on the number of threads");
     results[1][bytes - 1] ^= 1;
     expect(memcmp(results[0], results[1], bytes) != 0, "a planted bit is not seen");
     test_free(x, x32, results[0], results[1], results[2]);
 }
-#else
-static void test_ops_threads(void) { printf("skip ops: thread counts, built without OpenMP\n"); }
-#endif
 
 static void test_ops(void) {
     test_ops_embedding(1, 2, 1);
