@@ -278,7 +278,7 @@ static void writer_put_state(CheckpointWriter* writer, const Model* model, const
     fflush(file);
     Xxh64 hash = xxh64_begin(0);
     xxh64_update(&hash, text, bytes);
-    fprintf(file, "\"xxh64_of_the_text_above\":\"%016llx\"}\n", (unsigned long long)xxh64_end(&hash));
+    fprintf(file, "\"xxh64_of_the_text_above\":\"%016llx\"}", (unsigned long long)xxh64_end(&hash));
     fclose(file);
     writer_put_text(writer, "state.json", text, bytes, 0);
     free(text);

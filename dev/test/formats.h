@@ -1,4 +1,5 @@
-// formats.h: tests of llmc/dtypes.h and of MXFP4 packing (section formats), and the comparator that the numeric sections share.
+// formats.h: tests of llmc/dtypes.h and of MXFP4 packing (section formats), and the comparator that the numeric
+// sections share.
 #pragma once
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -31,7 +32,8 @@ static floatX* test_tensor(size_t n, uint64_t seed, double scale) {
 
 static double* test_zeros(size_t n) { return (double*)calloc_or_die(n * sizeof(double), "test reference"); }
 
-#define test_free(...) do { void* list[] = {__VA_ARGS__}; test_free_list(list, sizeof list / sizeof list[0]); } while (0)
+#define test_free(...) \
+    do { void* list[] = {__VA_ARGS__}; test_free_list(list, sizeof list / sizeof list[0]); } while (0)
 static void test_free_list(void** list, size_t count) {
     for (size_t i = 0; i < count; i++) {
         free(list[i]);
@@ -47,9 +49,10 @@ static double* test_double(const floatX* x, size_t n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The comparator. A tolerance is counted, not tuned: 2 * (roundings * 2^-24 * size + one rounding to the output's type), with
-// sqrt(K) roundings for a sum of K terms, and size what the roundings are relative to: the larger of the result and the root of
-// the sum of the squared terms. Below 2^-125 exp is flushed to zero; values there are not compared.
+// The comparator. A tolerance is counted, not tuned: 2 * (roundings * 2^-24 * size + one rounding to the output's
+// type), with sqrt(K) roundings for a sum of K terms, and size what the roundings are relative to: the larger of the
+// result and the root of the sum of the squared terms. Below 2^-125 exp is flushed to zero; values there are not
+// compared.
 
 #define F32_ROUNDING 5.9604644775390625e-8  // 2^-24
 #define NEAR_FLOOR 2.3509887016445750e-38   // 2^-125
@@ -136,9 +139,8 @@ static void near_expect(Near* near, const char* format, ...) {
         near->got[largest] = saved;
         expect(seen == (want == 0.0 ? 1 : 3), "%s: a planted error at %zu was not seen", what, largest);
     }
-    expect(before == 0, "%s: %zu of %zu elements differ, worst at %zu: %.9g, f64 says %.9g, tolerance %.3g", what, before,
-           near->n, worst, near->got[worst], near->want[worst], near->tolerance[worst]);
-    if (getenv("NEAR_SHOW")) { near_failures(near, &worst); printf("  %-60s %.3f\n", what, fabs(near->got[worst] - near->want[worst]) / near->tolerance[worst]); }
+    expect(before == 0, "%s: %zu of %zu elements differ, worst at %zu: %.9g, f64 says %.9g, tolerance %.3g", what,
+           before, near->n, worst, near->got[worst], near->want[worst], near->tolerance[worst]);
     near_free(near);
 }
 
@@ -255,8 +257,8 @@ static int small_agrees(const SmallFloat* f, float x) {
 
 static int small_agrees_around(const SmallFloat* f, double at) {
     float x = (float)at, up = nextafterf(x, INFINITY), down = nextafterf(x, -INFINITY);
-    return small_agrees(f, x) && small_agrees(f, up) && small_agrees(f, down) && small_agrees(f, -x) && small_agrees(f, -up) &&
-           small_agrees(f, -down);
+    return small_agrees(f, x) && small_agrees(f, up) && small_agrees(f, down) && small_agrees(f, -x) &&
+        small_agrees(f, -up) && small_agrees(f, -down);
 }
 
 static void test_formats_small(SmallFloat* f) {
@@ -266,7 +268,8 @@ static void test_formats_small(SmallFloat* f) {
         for (uint32_t sign = 0; sign <= (f->sign_shift ? 1u : 0u); sign++) {
             uint32_t full = (uint32_t)code | sign << f->sign_shift;
             float value = f->decode(full);
-            decoded &= (double)value == (sign ? -f->values[code] : f->values[code]) && (signbit(value) != 0) == (sign != 0);
+            decoded &= (double)value == (sign ? -f->values[code] : f->values[code]) &&
+                (signbit(value) != 0) == (sign != 0);
             restored &= f->encode(value) == full;
         }
         around &= small_agrees_around(f, f->values[code]);
@@ -287,13 +290,15 @@ static void test_formats_small(SmallFloat* f) {
     expect(f->encode(-INFINITY) == (f->sign_shift ? top | 1u << f->sign_shift : 0u), "%s: -infinity", f->name);
     expect(f->encode(-0.0f) == (f->sign_shift ? 1u << f->sign_shift : 0u), "%s: the sign of zero", f->name);
     if (f->nan_code >= 0) {
-        expect((f->encode(NAN) & 0x7fu) == (uint32_t)f->nan_code && isnan(f->decode((uint32_t)f->nan_code)), "%s: NaN", f->name);
+        expect((f->encode(NAN) & 0x7fu) == (uint32_t)f->nan_code && isnan(f->decode((uint32_t)f->nan_code)), "%s: NaN",
+               f->name);
     }
     // planted: the table of a format with another bias must not fit
     SmallFloat other = *f;
     other.bias++;
     small_fill(&other);
-    expect(!small_agrees_around(&other, 1.0) || !small_agrees_around(&other, 1.25), "%s: a wrong bias is not seen", f->name);
+    expect(!small_agrees_around(&other, 1.0) || !small_agrees_around(&other, 1.25), "%s: a wrong bias is not seen",
+           f->name);
 }
 
 static void test_formats_e5m2_specials(void) {
@@ -306,8 +311,9 @@ static void test_formats_e5m2_specials(void) {
 // stochastic rounding: over all 65536 random numbers
 
 static void test_formats_stochastic(void) {
-    const float inputs[] = {0.0f, -0.0f, 1e-30f, 1e-5f, 0.1f, 0.25f, -0.3f, 0.5f, 0.77f, -1.0f, 1.3f, 1.5f, 1.75f, 1.99999f, 2.0f,
-                            -2.4f, 2.5f, 3.0f, 3.25f, 3.9999f, -4.0f, 4.7f, 5.0f, -5.5f, 5.9999f, 6.0f, 7.5f, -100.0f, 0.4999999f};
+    const float inputs[] = {0.0f, -0.0f, 1e-30f, 1e-5f, 0.1f, 0.25f, -0.3f, 0.5f, 0.77f, -1.0f, 1.3f, 1.5f, 1.75f,
+                            1.99999f, 2.0f, -2.4f, 2.5f, 3.0f, 3.25f, 3.9999f, -4.0f, 4.7f, 5.0f, -5.5f, 5.9999f, 6.0f,
+                            7.5f, -100.0f, 0.4999999f};
     for (size_t i = 0; i < sizeof inputs / sizeof inputs[0]; i++) {
         float x = inputs[i];
         double a = fmin(fabs((double)x), 6.0), step = a < 2 ? 0.5 : a < 4 ? 1.0 : 2.0;
@@ -380,7 +386,8 @@ static void test_formats_packing(void) {
             uint32_t code = (uint32_t)(k * 5 + r) % 16;
             double want = (code & 8 ? -1.0 : 1.0) * ldexp(index_value[code & 7], r - 127);
             float got = qtensor_decode(&q, r, k);
-            same &= f32_bits(got) == f32_bits(bulk[r * cols + k]) || (got != got && bulk[r * cols + k] != bulk[r * cols + k]);
+            float other = bulk[r * cols + k];
+            same &= f32_bits(got) == f32_bits(other) || (got != got && other != other);
             if (r == 255) {
                 exact &= isnan(got);
                 continue;

@@ -1,5 +1,5 @@
-// gradient.h: gradients against differences: the machinery; attention and matrix products (part of section ops, both builds, here
-// because ops.h is long); and the whole model (section gradient, FP32 build).
+// gradient.h: gradients against differences: the machinery; attention and matrix products (part of section ops, both
+// builds, here because ops.h is long); and the whole model (section gradient, FP32 build).
 #pragma once
 #include "linear.h"
 
@@ -24,10 +24,11 @@ static double gradient_difference(ForwardF64 f, const void* shape, const double*
     return result;
 }
 
-// Along three random directions, with a step of 2e-4 and 1e-4 of the input's size, extrapolated to 0: (1e-4)^4 is left of the fifth
-// derivative, 2^-53 / 1e-4 = 1e-12 of f64 rounding. 1e-7 of the lengths allows both to be 1e5 larger; planted: 1e-3 of the gradient.
-static void expect_gradient(const char* what, ForwardF64 f, const void* shape, const double* inp, size_t n, const double* dout,
-                            size_t m, const double* dinp) {
+// Along three random directions, with a step of 2e-4 and 1e-4 of the input's size, extrapolated to 0: (1e-4)^4 is left
+// of the fifth derivative, 2^-53 / 1e-4 = 1e-12 of f64 rounding. 1e-7 of the lengths allows both to be 1e5 larger;
+// planted: 1e-3 of the gradient.
+static void expect_gradient(const char* what, ForwardF64 f, const void* shape, const double* inp, size_t n,
+                            const double* dout, size_t m, const double* dinp) {
     double *direction = test_zeros(n), inp_size = 0.0;
     uint64_t state = 99;
     int good = 1, seen = 0;
@@ -43,7 +44,8 @@ static void expect_gradient(const char* what, ForwardF64 f, const void* shape, c
             size += dinp[i] * dinp[i];
         }
         double wide = gradient_difference(f, shape, inp, direction, n, dout, m, 2.0 * step);
-        double narrow = gradient_difference(f, shape, inp, direction, n, dout, m, step), allowed = 1e-7 * sqrt(length * size) + 1e-9;
+        double narrow = gradient_difference(f, shape, inp, direction, n, dout, m, step),
+            allowed = 1e-7 * sqrt(length * size) + 1e-9;
         double difference = (4.0 * narrow - wide) / 3.0;
         good &= fabs(difference - along) <= allowed;
         seen |= !(fabs(difference - along * 1.001) <= allowed);
@@ -68,8 +70,10 @@ static double dot_f64(const double* a, const double* b, int n) {
     return sum;
 }
 
-// weights and lse of one query; returns how many roundings the weights suffer: q k by HS terms, the maximum taken off, exp
-static double attention_row_f64(double* weights, double* lse, const double* qkv, AttentionShape s, int b, int h, int t) {
+// weights and lse of one query; returns how many roundings the weights suffer: q k by HS terms, the maximum taken off,
+// exp
+static double attention_row_f64(double* weights, double* lse, const double* qkv, AttentionShape s, int b, int h,
+                                int t) {
     const double* q = qkv_row(qkv, s, b, t, h);
     int key = s.NH + h / (s.NH / s.NKV);
     double largest = -INFINITY, sum = 0.0, size = 0.0;
@@ -77,7 +81,8 @@ static double attention_row_f64(double* weights, double* lse, const double* qkv,
         const double* k = qkv_row(qkv, s, b, j, key);
         weights[j] = dot_f64(q, k, s.HS) / sqrt((double)s.HS);
         largest = fmax(largest, weights[j]);
-        double terms = sqrt(dot_f64(q, q, s.HS) * dot_f64(k, k, s.HS) / s.HS) / sqrt((double)s.HS);  // of unrelated q and k
+        // of unrelated q and k
+        double terms = sqrt(dot_f64(q, q, s.HS) * dot_f64(k, k, s.HS) / s.HS) / sqrt((double)s.HS);
         size = fmax(size, fmax(fabs(weights[j]), terms));
     }
     for (int j = 0; j <= t; j++) {
@@ -91,7 +96,8 @@ static double attention_row_f64(double* weights, double* lse, const double* qkv,
 }
 
 // size and roundings (may be NULL): what the roundings of an element of out are relative to, and how many
-static void attention_f64_full(double* out, double* lse, double* size, double* roundings, const double* qkv, AttentionShape s) {
+static void attention_f64_full(double* out, double* lse, double* size, double* roundings, const double* qkv,
+                               AttentionShape s) {
     double* weights = test_zeros((size_t)s.T);
     for (int i = 0; i < s.B * s.NH * s.T; i++) {
         int t = i % s.T, h = i / s.T % s.NH, b = i / s.T / s.NH;
@@ -152,7 +158,8 @@ static void attention_backward_f64(double* dqkv, double* size, const double* dou
     free(weights);
 }
 
-static void attention_want(Near* near, const double* want, const double* size, const double* roundings, AttentionShape s) {
+static void attention_want(Near* near, const double* want, const double* size, const double* roundings,
+                           AttentionShape s) {
     for (size_t i = 0; i < near->n; i++) {
         int h = (int)(i / s.HS % s.NH), t = (int)(i / s.HS / s.NH % s.T), b = (int)(i / s.HS / s.NH / s.T);
         near_want(near, i, want[i], size[i], roundings[(b * s.NH + h) * s.T + t]);
@@ -160,14 +167,17 @@ static void attention_want(Near* near, const double* want, const double* size, c
 }
 
 // decoding: a first piece of several tokens, then one by one, every row as in the whole
-static void attention_cached_check(const floatX* qkv, const double* want, const double* size, const double* roundings, AttentionShape s) {
+static void attention_cached_check(const floatX* qkv, const double* want, const double* size, const double* roundings,
+                                   AttentionShape s) {
     int width = (s.NH + 2 * s.NKV) * s.HS;
     floatX *out = test_tensor((size_t)s.T * s.NH * s.HS, 1, 1.0);
-    floatX *keys = test_tensor((size_t)s.T * s.NKV * s.HS, 2, NAN), *values = test_tensor((size_t)s.T * s.NKV * s.HS, 3, NAN);
+    floatX *keys = test_tensor((size_t)s.T * s.NKV * s.HS, 2, NAN),
+        *values = test_tensor((size_t)s.T * s.NKV * s.HS, 3, NAN);
     for (int first = 0; first < s.T;) {
         AttentionShape piece = s;
         piece.T = first == 0 ? (s.T + 1) / 2 : 1;
-        CPU_OPS.attention_cached(out + (size_t)first * s.NH * s.HS, keys, values, qkv + (size_t)first * width, piece, first);
+        CPU_OPS.attention_cached(out + (size_t)first * s.NH * s.HS, keys, values, qkv + (size_t)first * width, piece,
+                                 first);
         first += piece.T;
     }
     Near near = near_floatX(out, (size_t)s.T * s.NH * s.HS);
@@ -179,9 +189,11 @@ static void attention_cached_check(const floatX* qkv, const double* want, const 
 static void test_ops_attention_shape(AttentionShape s, double scale) {
     int width = (s.NH + 2 * s.NKV) * s.HS;
     size_t nq = (size_t)s.B * s.T * width, no = (size_t)s.B * s.T * s.NH * s.HS, rows = (size_t)s.B * s.NH * s.T;
-    floatX *qkv = test_tensor(nq, 1, scale), *out = test_tensor(no, 2, 1.0), *dy = test_tensor(no, 3, 1.0), *dqkv = test_tensor(nq, 4, 1.0);
+    floatX *qkv = test_tensor(nq, 1, scale), *out = test_tensor(no, 2, 1.0), *dy = test_tensor(no, 3, 1.0),
+        *dqkv = test_tensor(nq, 4, 1.0);
     float* lse = (float*)malloc_or_die(rows * sizeof(float), "test");
-    double *inp = test_double(qkv, nq), *dout = test_double(dy, no), *want = test_zeros(no), *lse_want = test_zeros(rows);
+    double *inp = test_double(qkv, nq), *dout = test_double(dy, no), *want = test_zeros(no),
+        *lse_want = test_zeros(rows);
     double *size = test_zeros(no), *roundings = test_zeros(rows), *grad = test_zeros(nq), *grad_size = test_zeros(nq);
     CPU_OPS.attention_forward(out, lse, qkv, s);
     CPU_OPS.attention_backward(dqkv, dy, out, qkv, lse, s);
@@ -207,7 +219,8 @@ static void test_ops_attention_shape(AttentionShape s, double scale) {
         attention_backward_f64(grad, grad_size, dout, want, inp, s);
         expect_gradient("attention", attention_f64, &s, inp, nq, dout, no, grad);
         near = near_floatX(out, no);
-        for (size_t i = 0; i < nq; i++) {  // planted: the queries of head 0 are 20 % longer, as by another factor of the scores
+        // planted: the queries of head 0 are 20 % longer, as by another factor of the scores
+        for (size_t i = 0; i < nq; i++) {
             inp[i] *= (int)(i % width) < s.HS ? 1.2 : 1.0;
         }
         attention_f64_full(want, lse_want, size, roundings, inp, s);
@@ -257,7 +270,8 @@ static void test_ops_gemm(TestOperand kind_a, TestOperand kind_b, int M, int N, 
     QTensor a = gemm_operand(kind_a, M, K, 1), b = gemm_operand(kind_b, N, K, 2);
     size_t n = (size_t)M * N;
     floatX* out = test_tensor(n, 3, NAN);  // what `=` overwrites must not matter
-    float *out32 = (float*)malloc_or_die(n * sizeof(float), "test"), *sum32 = (float*)malloc_or_die(n * sizeof(float), "test");
+    float *out32 = (float*)malloc_or_die(n * sizeof(float), "test"),
+    *sum32 = (float*)malloc_or_die(n * sizeof(float), "test");
     double *da = test_decoded(&a), *db = test_decoded(&b), *want = test_zeros(n), *error = test_zeros(n);
     for (size_t i = 0; i < n; i++) {
         out32[i] = NAN;
@@ -290,17 +304,18 @@ static void test_ops_gemm(TestOperand kind_a, TestOperand kind_b, int M, int N, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// the whole model, FP32 build: for every parameter tensor, the loss at weights moved both ways along a direction, against the gradient.
-// The difference of the losses is compared with sum(gradient * (what the f32 weights really moved)), so that rounding the moved
-// weights costs nothing. Two steps, h and h/2, extrapolated; what is left is the noise of the losses: a row's loss of about log V
-// suffers the roundings of its path, rows are independent.
+// the whole model, FP32 build: for every parameter tensor, the loss at weights moved both ways along a direction,
+// against the gradient. The difference of the losses is compared with sum(gradient * (what the f32 weights really
+// moved)), so that rounding the moved weights costs nothing. Two steps, h and h/2, extrapolated; what is left is the
+// noise of the losses: a row's loss of about log V suffers the roundings of its path, rows are independent.
 
 #ifdef PRECISION_FP32
 // roundings on the way to a loss: sqrt(K) a product, sqrt(C) + 4 a norm, 8 swiglu, 3 rope, 1 an addition to the stream
 static double llama_roundings(const ModelConfig* m, int T) {
     double norm = sqrt((double)m->C) + 4.0, attention = sqrt((double)m->HS) + sqrt((double)T) + 8.0;
     double products = 2.0 * sqrt((double)m->C) + sqrt((double)m->NH * m->HS) + sqrt((double)m->F);
-    return m->L * (2.0 * norm + products + 3.0 + attention + 8.0 + 2.0) + norm + sqrt((double)m->C) + sqrt((double)m->V) + 6.0;
+    double head = norm + sqrt((double)m->C) + sqrt((double)m->V) + 6.0;
+    return m->L * (2.0 * norm + products + 3.0 + attention + 8.0 + 2.0) + head;
 }
 
 static double gradient_loss(Model* model, const int32_t* inputs, const int32_t* targets) {
@@ -344,21 +359,22 @@ static void test_gradient_tensor(Model* model, const Param* param, const int32_t
     for (int wide = 0; wide < 3; wide++) {
         double off[2], h = ldexp(0.02, -wide) / fabs(along), allowed = 2.0 * noise * (4.0 * 2.0 + 1.0) / 3.0;
         for (int k = 0; k < 2; k++) {  // k = 1 has half the step, its numbers times two
-            double predicted, difference = gradient_move(model, param, direction, ldexp(h, -k), inputs, targets, &predicted);
+            double predicted, difference = gradient_move(model, param, direction, ldexp(h, -k), inputs, targets,
+                                                         &predicted);
             off[k] = ldexp(difference - predicted, k);
         }
         double extrapolated = (4.0 * off[1] - off[0]) / 3.0, planted = 2.0 * h * along * 0.02;
-        expect(fabs(extrapolated) <= allowed, "%s: off by %.2e of a change of %.2e, allowed %.2e", param->name, extrapolated,
-               2.0 * h * along, allowed);
+        expect(fabs(extrapolated) <= allowed, "%s: off by %.2e of a change of %.2e, allowed %.2e", param->name,
+               extrapolated, 2.0 * h * along, allowed);
         expect(fabs(extrapolated + planted) > allowed, "%s: a gradient 2 %% too long is not seen", param->name);
-        if (getenv("NEAR_SHOW")) printf("  model gradient %s %.3f\n", param->name, fabs(extrapolated)/allowed);
     }
     free(direction);
 }
 
 static void test_gradient_model(int tied) {
-    ModelConfig m = {.name = {}, .L = 2, .C = 32, .NH = 4, .NKV = 2, .HS = 8, .F = 48, .V = 40, .tied = tied, .max_positions = 16,
-                     .rope_theta = 10000.0, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 1, .rope_high = 4, .rope_original = 16};
+    ModelConfig m = {.name = {}, .L = 2, .C = 32, .NH = 4, .NKV = 2, .HS = 8, .F = 48, .V = 40, .tied = tied,
+                     .max_positions = 16, .rope_theta = 10000.0, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 1,
+                     .rope_high = 4, .rope_original = 16};
     Model model;
     int32_t inputs[32], targets[32];
     model_prepare(&model, &CPU_OPS, &m, recipe_find("bf16"), 2, 16);

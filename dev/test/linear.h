@@ -1,10 +1,11 @@
 // linear.h: tests of llmc/linear.h and of the recipe table (section linear).
 //
-//   golden       the quartet layer of dev/ref/golden/quartet.safetensors: six operands bit for bit given its sign words, and the
-//                three products; built from the tile functions, ops->gemm and ops->unrotate
-//   composition  linear_forward, linear_backward, linear_finish_gradient against the literal f64 composition of Algorithm 1, the sign
-//                words and random bits taken from Philox here
-//   unbiased     with stochastic rounding the mean over 10,000 seeds of dX and dW is the product of the unrounded operands
+//   golden       the quartet layer of dev/ref/golden/quartet.safetensors: six operands bit for bit given its sign
+//                words, and the three products; built from the tile functions, ops->gemm and ops->unrotate
+//   composition  linear_forward, linear_backward, linear_finish_gradient against the literal f64 composition of
+//                Algorithm 1, the sign words and random bits taken from Philox here
+//   unbiased     with stochastic rounding the mean over 10,000 seeds of dX and dW is the product of the unrounded
+//                operands
 #pragma once
 #include "quant.h"
 
@@ -19,7 +20,8 @@ static double* test_decoded(const QTensor* q) {
 }
 
 // value (M, N) += factor * a (M, K) . b (N, K)^T in f64, error += roundings of K terms in f32
-static void product_f64(double* value, double* error, const double* a, const double* b, int M, int N, int K, double factor) {
+static void product_f64(double* value, double* error, const double* a, const double* b, int M, int N, int K,
+                        double factor) {
     for (int i = 0; i < M; i++) {
         for (int j = 0; j < N; j++) {
             double sum = 0.0, squares = 0.0;
@@ -65,7 +67,8 @@ static void near_want_all(Near* near, const double* want, const double* error) {
 // ---------------------------------------------------------------------------------------------------------------------
 // golden
 
-static void golden_expect_operand(const SafetensorsFile* file, const char* prefix, const char* mask_name, const QTensor* got) {
+static void golden_expect_operand(const SafetensorsFile* file, const char* prefix, const char* mask_name,
+                                  const QTensor* got) {
     char name[64];
     int rows, bytes;
     QTensor want = *got;
@@ -84,7 +87,8 @@ static void golden_expect_operand(const SafetensorsFile* file, const char* prefi
     free(want.mask);
 }
 
-static void golden_expect_product(const SafetensorsFile* file, const char* name, const float* got, const double* error, size_t n) {
+static void golden_expect_product(const SafetensorsFile* file, const char* name, const float* got, const double* error,
+                                  size_t n) {
     float* want = (float*)golden_read(file, name, SAFETENSORS_F32, NULL, NULL);
     Near near = near_f32(got, n);
     for (size_t i = 0; i < n; i++) {
@@ -162,8 +166,10 @@ static void test_linear_golden(void) {
     }
     int32_t* dx_signs = (int32_t*)golden_read(&file, "linear.dx_signs", SAFETENSORS_I32, NULL, NULL);
     int32_t* dw_signs = (int32_t*)golden_read(&file, "linear.dw_signs", SAFETENSORS_I32, NULL, NULL);
-    QTensor dy = golden_backward_operand(BT, OC, inputs[2], 0, dx_signs), wt = golden_backward_operand(C, OC, wf, 1, dx_signs);
-    QTensor dyt = golden_backward_operand(OC, BT, inputs[2], 1, dw_signs), xt = golden_backward_operand(C, BT, xf, 1, dw_signs);
+    QTensor dy = golden_backward_operand(BT, OC, inputs[2], 0, dx_signs),
+        wt = golden_backward_operand(C, OC, wf, 1, dx_signs);
+    QTensor dyt = golden_backward_operand(OC, BT, inputs[2], 1, dw_signs),
+        xt = golden_backward_operand(C, BT, xf, 1, dw_signs);
     golden_expect_operand(&file, "dy", NULL, &dy);
     golden_expect_operand(&file, "wt", NULL, &wt);
     golden_expect_operand(&file, "dyt", NULL, &dyt);
@@ -174,7 +180,8 @@ static void test_linear_golden(void) {
     for (int i = 0; i < 6; i++) {
         test_qtensor_free(operands[i]);
     }
-    test_free(inputs[0], inputs[1], inputs[2], tensors[0], tensors[1], tensors[2], dx, dw, y, error, dx_signs, dw_signs);
+    test_free(inputs[0], inputs[1], inputs[2], tensors[0], tensors[1], tensors[2], dx, dw, y, error, dx_signs,
+              dw_signs);
     safetensors_close(&file);
 }
 
@@ -192,10 +199,13 @@ typedef struct {
 } LinearCase;
 
 static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int C, int OC) {
-    LinearCase c = {.BT = BT, .C = C, .OC = OC, .x = test_tensor((size_t)BT * C, 31, 1.0), .w = test_tensor((size_t)OC * C, 32, 0.05),
-                    .dy = test_tensor((size_t)BT * OC, 33, 1e-3), .y = test_tensor((size_t)BT * OC, 34, 1.0),
-                    .dx = test_tensor((size_t)BT * C, 35, 1.0), .dw = NULL, .ctx = {}, .linear = {}, .saved = {}, .w_memory = NULL,
-                    .x_memory = NULL};
+    LinearCase c = {};
+    c.BT = BT, c.C = C, c.OC = OC;
+    c.x = test_tensor((size_t)BT * C, 31, 1.0);
+    c.w = test_tensor((size_t)OC * C, 32, 0.05);
+    c.dy = test_tensor((size_t)BT * OC, 33, 1e-3);
+    c.y = test_tensor((size_t)BT * OC, 34, 1.0);
+    c.dx = test_tensor((size_t)BT * C, 35, 1.0);
     const Recipe* r = recipe_find(recipe);
     size_t scratch = linear_scratch_bytes(r, BT, C, OC);
     c.dw = (float*)calloc_or_die((size_t)OC * C * sizeof(float), "test");
@@ -226,12 +236,14 @@ static void linear_case_free(LinearCase* c) {
 // ---------------------------------------------------------------------------------------------------------------------
 // the literal composition
 
-// A backward operand (rows, cols) of x (rows, cols), or of (cols, rows) where transposed, decoded; id 2 .. 5 as OperandId
+// A backward operand (rows, cols) of x (rows, cols), or of (cols, rows) where transposed, decoded; id 2 .. 5 as
+// OperandId
 static double* composed_operand(const LinearCase* c, int id, int rows, int cols, const double* x, int transposed) {
     const QuantSpec spec = TEST_ABSMAX(ROTATE_SIGNED, c->ctx.option_rounding);
     size_t n = (size_t)rows * cols;
     uint64_t place = (uint64_t)c->linear.layer << 48 | (uint64_t)c->ctx.micro << 32 | (uint64_t)c->ctx.step;
-    uint64_t sign_at = (uint64_t)(c->linear.kind * 8 + id / 2) << 56, round_at = (uint64_t)(c->linear.kind * 8 + id) << 56;
+    uint64_t sign_at = (uint64_t)(c->linear.kind * 8 + id / 2) << 56,
+        round_at = (uint64_t)(c->linear.kind * 8 + id) << 56;
     uint32_t* signs = (uint32_t*)malloc_or_die((size_t)cols / GROUP * sizeof(uint32_t), "test");
     uint16_t* random = (uint16_t*)malloc_or_die(n * sizeof(uint16_t), "test");
     float* values = (float*)malloc_or_die(n * sizeof(float), "test");
@@ -239,7 +251,8 @@ static double* composed_operand(const LinearCase* c, int id, int rows, int cols,
         signs[b] = philox(c->ctx.seed, sign_at + (uint64_t)b / 4, (uint64_t)RAND_SIGNS << 60 | place).w[b % 4];
     }
     for (size_t i = 0; i < n; i++) {
-        random[i] = (uint16_t)(philox(c->ctx.seed, round_at + i / 8, (uint64_t)RAND_ROUND << 60 | place).w[i % 8 / 2] >> i % 2 * 16);
+        uint32_t word = philox(c->ctx.seed, round_at + i / 8, (uint64_t)RAND_ROUND << 60 | place).w[i % 8 / 2];
+        random[i] = (uint16_t)(word >> i % 2 * 16);
         values[i] = (float)x[i];
     }
     QTensor q = test_qtensor(&spec, rows, cols);
@@ -253,8 +266,8 @@ static double* composed_operand(const LinearCase* c, int id, int rows, int cols,
 }
 
 // the composed gradients of the current micro-batch, in rotated space; dx =, dw +=
-static void composed_backward(const LinearCase* c, double* dx, double* dx_error, double* dw, double* dw_error, const double* x,
-                              const double* w, const double* dy) {
+static void composed_backward(const LinearCase* c, double* dx, double* dx_error, double* dw, double* dw_error,
+                              const double* x, const double* w, const double* dy) {
     int BT = c->BT, C = c->C, OC = c->OC;
     size_t n = (size_t)BT * C;
     double *a = composed_operand(c, 2, BT, OC, dy, 0), *b = composed_operand(c, 3, C, OC, w, 1);
@@ -281,7 +294,8 @@ static void test_linear_quartet(Rounding rounding, int BT, int C, int OC) {
     QTensor xq = quantize_op(&quest, BT, C, c.x, 0, 0), wq = quantize_op(&quest, OC, C, c.w, 0, 0);
     expect_same_operand(&xq, &c.saved, "the saved x is not quest(x)");
     expect_same_operand(&wq, &c.linear.w, "the weight is not quest(w)");
-    double *x = test_decoded(&xq), *w = test_decoded(&wq), *dy = test_double(c.dy, ny), *y = test_zeros(ny), *y_error = test_zeros(ny);
+    double *x = test_decoded(&xq), *w = test_decoded(&wq), *dy = test_double(c.dy, ny), *y = test_zeros(ny),
+        *y_error = test_zeros(ny);
     double *dx = test_zeros(nx), *dx_error = test_zeros(nx), *dw = test_zeros(nw), *dw_error = test_zeros(nw);
     product_f64(y, y_error, x, w, BT, OC, C, 1.0);
     Near near = near_floatX(c.y, ny);
@@ -369,12 +383,13 @@ static void test_linear_fresh_signs(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// unbiasedness. In rotated space, before the mask: dX is to be dY . decode(Wq), dW = dY^T . decode(Xq). Of n elements, n times
-// 6.3e-5 lie outside 4 standard errors and none outside 6 (2e-9); a Poisson number of mean m exceeds m + 4 sqrt(m) + 4 about never.
+// unbiasedness. In rotated space, before the mask: dX is to be dY . decode(Wq), dW = dY^T . decode(Xq). Of n elements,
+// n times 6.3e-5 lie outside 4 standard errors and none outside 6 (2e-9); a Poisson number of mean m exceeds m + 4
+// sqrt(m) + 4 about never.
 
 #define UNBIASED_SEEDS 10000
 
-static void unrotate_nothing(floatX* x, const uint32_t* mask, int rows, int cols) { (void)x, (void)mask, (void)rows, (void)cols; }
+static void unrotate_nothing(floatX*, const uint32_t*, int, int) {}
 
 typedef struct { size_t n, beyond4, beyond6; double mean_square; } Deviations;
 
@@ -434,8 +449,8 @@ static void test_linear_unbiased(void) {
         const char* name = part ? "dW" : "dX";
         size_t at = part * n;
         Deviations d = deviations_of(sum + at, squares + at, want + at, n, 0.0);
-        expect(deviations_fit(d, 32 * 32), "%s is biased: %zu beyond 4, %zu beyond 6 standard errors, mean square %.3f", name,
-               d.beyond4, d.beyond6, d.mean_square);
+        expect(deviations_fit(d, 32 * 32), "%s is biased: %zu beyond 4, %zu beyond 6 standard errors, mean square %.3f",
+               name, d.beyond4, d.beyond6, d.mean_square);
         Deviations biased = deviations_of(sum + at, squares + at, want + at, n, 0.01);
         expect(!deviations_fit(biased, 32 * 32), "%s: a bias of 1 %% is not seen: %zu beyond 4", name, biased.beyond4);
     }
@@ -445,8 +460,9 @@ static void test_linear_unbiased(void) {
     memset(want, 0, 2 * n * sizeof(double));
     unbiased_sums(ROUND_NEAREST, sum, squares, want);
     Deviations nearest = deviations_of(sum, squares, want, 2 * n, 0.0);
-    expect(!deviations_fit(nearest, 32 * 32), "the bias of rounding to nearest is not seen: %zu beyond 4, %zu beyond 6, %.3f",
-           nearest.beyond4, nearest.beyond6, nearest.mean_square);
+    expect(!deviations_fit(nearest, 32 * 32),
+           "the bias of rounding to nearest is not seen: %zu beyond 4, %zu beyond 6, %.3f", nearest.beyond4,
+           nearest.beyond6, nearest.mean_square);
     cpu_set_threads(threads);
     free(sum);
     free(squares);
@@ -457,7 +473,8 @@ static void test_linear_unbiased(void) {
 // the table of recipes: our rows are sound, bad rows are named, and rows that later recipes need can be written
 
 #define TEST_SPEC(format_, scale_, rotation_, rounding_, group_, source_) \
-    {.format = format_, .scale = scale_, .rotation = rotation_, .rounding = rounding_, .group = group_, .source = source_}
+    {.format = format_, .scale = scale_, .rotation = rotation_, .rounding = rounding_, .group = group_, \
+     .source = source_}
 #define TEST_E4M3 TEST_SPEC(FORMAT_E4M3, SCALE_TENSOR_ABSMAX, ROTATE_NONE, ROUND_NEAREST, 0, SOURCE_TENSOR)
 #define TEST_E5M2 TEST_SPEC(FORMAT_E5M2, SCALE_TENSOR_ABSMAX, ROTATE_NONE, ROUND_NEAREST, 0, SOURCE_TENSOR)
 #define TEST_MXFP4 TEST_SPEC(FORMAT_MXFP4, SCALE_ABSMAX, ROTATE_NONE, ROUND_NEAREST, 32, SOURCE_TENSOR)
@@ -467,15 +484,17 @@ static void test_linear_unbiased(void) {
 
 static void test_linear_recipes(void) {
     const Recipe later[] = {
-        {.name = "fp8", .what = "", .x = TEST_E4M3, .w = TEST_E4M3, .dy = TEST_E5M2, .wt = TEST_E4M3, .dyt = TEST_E5M2, .xt = TEST_E4M3,
-         .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_STRAIGHT, .outlier_quantile = 0},
-        {.name = "msfp4", .what = "", .x = TEST_MXFP4, .w = TEST_MXFP4, .dy = TEST_DENSE, .wt = TEST_DENSE, .dyt = TEST_DENSE,
-         .xt = TEST_DENSE, .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_DGE, .outlier_quantile = 0.99f},
+        {.name = "fp8", .what = "", .x = TEST_E4M3, .w = TEST_E4M3, .dy = TEST_E5M2, .wt = TEST_E4M3, .dyt = TEST_E5M2,
+         .xt = TEST_E4M3, .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_STRAIGHT, .outlier_quantile = 0},
+        {.name = "msfp4", .what = "", .x = TEST_MXFP4, .w = TEST_MXFP4, .dy = TEST_DENSE, .wt = TEST_DENSE,
+         .dyt = TEST_DENSE, .xt = TEST_DENSE, .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_DGE, .outlier_quantile = 0.99f},
         {.name = "quartet2", .what = "", .x = TEST_NVFP4(ROTATE_NONE, ROUND_NEAREST, SOURCE_TENSOR),
-         .w = TEST_NVFP4(ROTATE_NONE, ROUND_NEAREST, SOURCE_TENSOR), .dy = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_TENSOR),
-         .wt = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_SAVED), .dyt = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_TENSOR),
-         .xt = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_SAVED), .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_STRAIGHT,
-         .outlier_quantile = 0},
+         .w = TEST_NVFP4(ROTATE_NONE, ROUND_NEAREST, SOURCE_TENSOR),
+         .dy = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_TENSOR),
+         .wt = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_SAVED),
+         .dyt = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_TENSOR),
+         .xt = TEST_NVFP4(ROTATE_SIGNED, ROUND_STOCHASTIC, SOURCE_SAVED),
+         .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_STRAIGHT, .outlier_quantile = 0},
     };
     for (int i = 0; i < RECIPE_COUNT; i++) {
         const char* fault = recipe_fault(&RECIPES[i]);
@@ -500,8 +519,8 @@ static void test_linear_recipes(void) {
     bad[7] = later[2], bad[7].xt.group = 32;
     bad[8].x.source = SOURCE_SAVED;
     bad[9] = later[0], bad[9].x.group = 32;
-    const char* words[10] = {"rotation", "only one operand", "only wt and xt", "not quantized", "different spaces", "trust mask", "groups",
-                             "groups", "only wt and xt", "groups"};
+    const char* words[10] = {"rotation", "only one operand", "only wt and xt", "not quantized", "different spaces",
+                             "trust mask", "groups", "groups", "only wt and xt", "groups"};
     for (int i = 0; i < 10; i++) {
         const char* fault = recipe_fault(&bad[i]);
         expect(fault && strstr(fault, words[i]), "planted bad row %d: '%s'", i, fault ? fault : "no fault");
@@ -510,7 +529,8 @@ static void test_linear_recipes(void) {
         const QuantSpec* specs[] = {&quartet.x, &quartet.w, &quartet.dy, &quartet.wt, &quartet.dyt, &quartet.xt};
         expect(CPU_OPS.quantize_supports(specs[id]), "operand %d of quartet is not supported", id);
     }
-    expect(!CPU_OPS.quantize_supports(&later[0].x) && !CPU_OPS.quantize_supports(&later[2].x), "claims a quantizer it lacks");
+    expect(!CPU_OPS.quantize_supports(&later[0].x) && !CPU_OPS.quantize_supports(&later[2].x),
+           "claims a quantizer it lacks");
 }
 
 static void test_linear(void) {

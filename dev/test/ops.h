@@ -1,9 +1,9 @@
 // ops.h: tests of every operation of llmc/ops.h on the CPU table (section ops).
 //
-// Forward: against an f64 loop over the same inputs. Backward: against an f64 analytic loop, and that loop against central
-// differences of the f64 forward. The tolerances count roundings (formats.h); the comparators are fed planted errors, and every
-// operation is also compared with the result of a wrong parameter, which must not fit. Attention and products are
-// tested in gradient.h, which keeps this file short.
+// Forward: against an f64 loop over the same inputs. Backward: against an f64 analytic loop, and that loop against
+// central differences of the f64 forward. The tolerances count roundings (formats.h); the comparators are fed planted
+// errors, and every operation is also compared with the result of a wrong parameter, which must not fit. Attention and
+// products are tested in gradient.h, which keeps this file short.
 #pragma once
 #include "gradient.h"
 
@@ -45,7 +45,8 @@ static void test_ops_embedding(int BT, int V, int C) {
 }
 
 static void test_ops_add(int n) {
-    floatX *a = test_tensor((size_t)n, 1, 1.0), *b = test_tensor((size_t)n, 2, 1e-2), *out = test_tensor((size_t)n, 3, 1.0);
+    floatX *a = test_tensor((size_t)n, 1, 1.0), *b = test_tensor((size_t)n, 2, 1e-2),
+        *out = test_tensor((size_t)n, 3, 1.0);
     CPU_OPS.add(out, a, b, (size_t)n);
     Near near = near_floatX(out, (size_t)n);
     for (int i = 0; i < n; i++) {
@@ -58,9 +59,7 @@ static void test_ops_add(int n) {
     a = test_tensor((size_t)n, 1, 1.0);
     CPU_OPS.add(b, a, b, (size_t)n);
     expect(!memcmp(b, out, (size_t)n * sizeof(floatX)), "add in place on b");
-    free(a);
-    free(b);
-    free(out);
+    test_free(a, b, out);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +95,8 @@ static void rmsnorm_backward_f64(double* dinp, double* size, const double* inp, 
         double r = 1.0 / sqrt(sum / s.C + s.eps);
         for (int c = 0; c < s.C; c++) {
             dinp[(size_t)t * s.C + c] = r * (w[c] * dy[c] - x[c] * dot / s.C * r * r);
-            size[(size_t)t * s.C + c] = r * (fabs(w[c] * dy[c]) + fabs(x[c]) * fmax(fabs(dot), sqrt(dot_size)) / s.C * r * r);
+            double along = fmax(fabs(dot), sqrt(dot_size)) / s.C * r * r;
+            size[(size_t)t * s.C + c] = r * (fabs(w[c] * dy[c]) + fabs(x[c]) * along);
             dw[c] += dy[c] * x[c] * r;
             dw_size[c] += pow(dy[c] * x[c] * r, 2);
         }
@@ -107,13 +107,14 @@ static void rmsnorm_backward_f64(double* dinp, double* size, const double* inp, 
 }
 
 static void test_ops_rmsnorm(int BT, int C, double scale) {
-    NormShape s = {BT, C, 9.9999997e-6};  // what 1e-5 is in f32
+    NormShape s = {BT, C, (double)1e-5f};
     size_t n = (size_t)BT * C;
-    floatX *x = test_tensor(n + C, 1, scale), *dy = test_tensor(n, 2, 1.0), *y = test_tensor(n, 3, 1.0), *res = test_tensor(n, 4, 1.0);
-    float *rstd = (float*)malloc_or_die(BT * sizeof(float), "test"), *dw = (float*)calloc_or_die(C * sizeof(float), "test");
+    floatX *x = test_tensor(n + C, 1, scale), *dy = test_tensor(n, 2, 1.0), *y = test_tensor(n, 3, 1.0),
+        *res = test_tensor(n, 4, 1.0);
+    float *rstd = (float*)malloc_or_die(BT * sizeof(float), "test"),
+        *dw = (float*)calloc_or_die(C * sizeof(float), "test");
     double *inp = test_double(x, n + C), *dout = test_double(dy, n), *want = test_zeros(n), *dinp = test_zeros(n + C);
     double *size = test_zeros(n + C), roundings = sqrt((double)C) + 6.0;
-    s.eps = (double)1e-5f;
     CPU_OPS.rmsnorm_forward(y, rstd, x, x + n, BT, C, 1e-5f);
     rmsnorm_f64(want, inp, &s);
     Near near = near_floatX(y, n), wrong = near_floatX(y, n), near_rstd = near_f32(rstd, (size_t)BT);
@@ -141,7 +142,8 @@ static void test_ops_rmsnorm(int BT, int C, double scale) {
         CPU_OPS.rmsnorm_backward(dx, dw, dy, with ? res : NULL, x, x + n, rstd, BT, C);
         near = near_floatX(dx, n);
         for (size_t i = 0; i < n; i++) {
-            near_want(&near, i, dinp[i] + (with ? residual[i] : 0.0), size[i] + (with ? fabs(residual[i]) : 0.0), 2 * roundings);
+            double add = with ? residual[i] : 0.0;
+            near_want(&near, i, dinp[i] + add, size[i] + fabs(add), 2 * roundings);
         }
         near_expect(&near, "rmsnorm backward, residual %d, %d x %d", with, BT, C);
         near = near_f32(dw, (size_t)C);
@@ -175,7 +177,8 @@ static void test_ops_rope(AttentionShape s, int first) {
             int k = interleaved ? j / 2 : j % half, upper = interleaved ? j % 2 : j / half;
             size_t a = i - j + (interleaved ? 2 * k : k), b = a + (interleaved ? 1 : half);
             double angle = (first + t) * pow(10000.0, -2.0 * k / s.HS);
-            turned[interleaved] = upper ? inp[b] * cos(angle) + inp[a] * sin(angle) : inp[a] * cos(angle) - inp[b] * sin(angle);
+            turned[interleaved] = upper ? inp[b] * cos(angle) + inp[a] * sin(angle)
+                                        : inp[a] * cos(angle) - inp[b] * sin(angle);
         }
         size_t partner = j < half ? i + half : i - half;
         double size = hypot(inp[i], inp[partner]);
@@ -202,10 +205,7 @@ static void test_ops_rope(AttentionShape s, int first) {
         same &= (int)(i % width) < (s.NH + s.NKV) * s.HS || !memcmp(x + i, again + i, sizeof(floatX));
     }
     expect(same, "rope changes the values");
-    free(table);
-    free(x);
-    free(again);
-    free(inp);
+    test_free(table, x, again, inp);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,8 @@ static void swiglu_f64(double* out, const double* inp, const void* shape) {
 static void test_ops_swiglu(int BT, int F, double scale) {
     GluShape s = {BT, F};
     size_t n = (size_t)BT * F;
-    floatX *x = test_tensor(2 * n, 1, scale), *dy = test_tensor(n, 2, 1.0), *y = test_tensor(n, 3, 1.0), *dx = test_tensor(2 * n, 4, 1.0);
+    floatX *x = test_tensor(2 * n, 1, scale), *dy = test_tensor(n, 2, 1.0), *y = test_tensor(n, 3, 1.0),
+        *dx = test_tensor(2 * n, 4, 1.0);
     double *inp = test_double(x, 2 * n), *dout = test_double(dy, n), *want = test_zeros(n), *dinp = test_zeros(2 * n);
     CPU_OPS.swiglu_forward(y, x, BT, F);
     CPU_OPS.swiglu_backward(dx, dy, x, BT, F);
@@ -254,7 +255,8 @@ static void test_ops_exp(void) {
         most = fmax(most, fabs((double)cpu_exp((float)x) - want) / ldexp(1.0, ilogb(want) - 23));
     }
     expect(most <= 2.0, "cpu_exp is %.3f units off", most);
-    expect(cpu_exp(-1e30f) == 0.0f && isinf(cpu_exp(1e30f)) && isnan(cpu_exp(NAN)) && cpu_exp(0.0f) == 1.0f, "cpu_exp at the ends");
+    expect(cpu_exp(-1e30f) == 0.0f && isinf(cpu_exp(1e30f)) && isnan(cpu_exp(NAN)) && cpu_exp(0.0f) == 1.0f,
+           "cpu_exp at the ends");
     expect(cpu_exp(-INFINITY) == 0.0f && isinf(cpu_exp(INFINITY)), "cpu_exp of infinity");
 }
 
@@ -343,12 +345,9 @@ static void test_ops_unrotate(int rows, int cols) {
         near_want_all(&near32, want, error);
         near_expect(&near, "unrotate, mask %d, %d x %d", with_mask, rows, cols);
         near_expect(&near32, "unrotate_f32, mask %d, %d x %d", with_mask, rows, cols);
-        free(want);
-        free(error);
+        test_free(want, error);
     }
-    free(x);
-    free(x32);
-    free(mask);
+    test_free(x, x32, mask);
 }
 
 static void test_ops_sum_squares(size_t n) {
@@ -379,7 +378,8 @@ static void test_ops_adamw(size_t n, int64_t t, float decay) {
     }
     memory[3][0] = 0.0f;
     const float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, lr = 3e-2f, scale = 0.7f;
-    Near near[3] = {near_f32(memory[0], n), near_f32(memory[1], n), near_f32(memory[2], n)}, wrong = near_f32(memory[2], n);
+    Near near[3] = {near_f32(memory[0], n), near_f32(memory[1], n), near_f32(memory[2], n)},
+        wrong = near_f32(memory[2], n);
     for (size_t i = 0; i < n; i++) {
         double w = memory[0][i], m = memory[1][i], v = memory[2][i], g = (double)memory[3][i] * (double)scale, v0 = v;
         double b1 = beta1, b2 = beta2, m_size = b1 * fabs(m) + (1 - b1) * fabs(g);
@@ -388,13 +388,15 @@ static void test_ops_adamw(size_t n, int64_t t, float decay) {
         double root = sqrt(v / (1 - pow(b2, (double)t))) + (double)eps, correction = 1 - pow(b1, (double)t);
         double step = m / correction / root, step_size = m_size / correction / root;
         near_want_error(&near[0], i, w - (double)lr * step - (double)lr * (double)decay * w,
-                        F32_ROUNDING * (fabs(w) * 2.0 + (double)lr * step_size * 10.0 + 4.0 * (double)(lr * decay) * fabs(w)));
+                        F32_ROUNDING * (fabs(w) * 2.0 + (double)lr * step_size * 10.0 +
+                                        4.0 * (double)(lr * decay) * fabs(w)));
         near_want(&near[1], i, m, m_size, 4.0);
         near_want(&near[2], i, v, 0.0, 5.0);
         near_want(&wrong, i, 0.951 * v0 + 0.049 * g * g, 0.0, 5.0);
     }
-    AdamwArgs args = {.param = param, .master = memory[0], .m = memory[1], .v = memory[2], .grad = memory[3], .count = n, .lr = lr,
-                      .beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = decay, .grad_scale = scale, .t = t};
+    AdamwArgs args = {.param = param, .master = memory[0], .m = memory[1], .v = memory[2], .grad = memory[3],
+                      .count = n, .lr = lr, .beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = decay,
+                      .grad_scale = scale, .t = t};
     CPU_OPS.adamw(&args);
     int rounded = 1;
     for (size_t i = 0; i < n; i++) {
@@ -414,10 +416,7 @@ static void test_ops_adamw(size_t n, int64_t t, float decay) {
         near_free(&wrong);
     }
     expect(rounded, "the parameter is not the rounded master");
-    for (int k = 0; k < 4; k++) {
-        free(memory[k]);
-    }
-    free(param);
+    test_free(param, memory[0], memory[1], memory[2], memory[3]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -440,6 +439,7 @@ static void test_ops_nan(void) {
     for (size_t i = 0; i < n; i += 37) {
         floatX *x = test_tensor(n, 1, 1.0), *y = test_tensor(n, 2, 1.0), *z = test_tensor(n, 3, 1.0);
         floatX *clean = test_tensor(n, 4, 1.0), *caches = test_tensor(n, 5, 1.0);
+        expect(!has_nan(x, n), "finds a NaN where there is none");
         x[i] = f32_to_floatX(NAN);
         int row = (int)i / C;
         CPU_OPS.embedding_forward(y, tokens, x, BT, C);
@@ -467,7 +467,8 @@ static void test_ops_nan(void) {
         memcpy(y, x, n * sizeof(floatX));
         CPU_OPS.crossentropy(sums, y, tokens, BT, C, 1.0f, 1);
         expect(isnan(sums[row]) && has_nan(y + row * C, C), "crossentropy loses a NaN");
-        const QuantSpec specs[] = {TEST_QUEST, TEST_ABSMAX(ROTATE_SIGNED, ROUND_NEAREST), TEST_ABSMAX(ROTATE_SIGNED, ROUND_STOCHASTIC)};
+        const QuantSpec specs[] = {TEST_QUEST, TEST_ABSMAX(ROTATE_SIGNED, ROUND_NEAREST),
+                                   TEST_ABSMAX(ROTATE_SIGNED, ROUND_STOCHASTIC)};
         for (int k = 0; k < 3; k++) {
             QTensor a = quantize_op(&specs[k], BT, C, x, 0, 1), b = quantize_op(&specs[k], BT, C, clean, 0, 1);
             GemmArgs args = {.out = y, .out_type = OUT_FLOATX, .accumulate = 0, .a = &a, .b = &b, .alpha = 1.0f};
@@ -480,15 +481,14 @@ static void test_ops_nan(void) {
         CPU_OPS.unrotate(y, NULL, BT, C);
         expect(has_nan(y + i / GROUP * GROUP, GROUP), "unrotate loses a NaN");
         sums[0] = NAN;
-        AdamwArgs adamw = {.param = y, .master = weights, .m = zeros, .v = zeros, .grad = sums, .count = 1, .lr = 1.0f, .beta1 = 0.9f,
-                           .beta2 = 0.9f, .eps = 1.0f, .weight_decay = 0.0f, .grad_scale = 1.0f, .t = 1};
+        AdamwArgs adamw = {.param = y, .master = weights, .m = zeros, .v = zeros, .grad = sums, .count = 1, .lr = 1.0f,
+                           .beta1 = 0.9f, .beta2 = 0.9f, .eps = 1.0f, .weight_decay = 0.0f, .grad_scale = 1.0f, .t = 1};
         CPU_OPS.adamw(&adamw);
-        expect(isnan(CPU_OPS.sum_squares(sums, 256)) && isnan(weights[0]) && has_nan(y, 1), "adamw or sum_squares lose a NaN");
+        expect(isnan(CPU_OPS.sum_squares(sums, 256)) && isnan(weights[0]) && has_nan(y, 1),
+               "adamw or sum_squares lose a NaN");
         weights[0] = zeros[0] = 0.0f;
         test_free(x, y, z, clean, caches);
     }
-    floatX none[1] = {f32_to_floatX(1.0f)};
-    expect(!has_nan(none, 1), "finds a NaN where there is none");
 }
 
 // all results of a few operations, one behind the other; returns their number of bytes
@@ -496,8 +496,10 @@ static size_t threaded_results(uint8_t* out, const floatX* x, size_t n, const fl
     const AttentionShape s = {2, 65, 4, 2, 16};  // qkv 2 * 65 * 128
     const int rows = 130, C = 128;
     uint8_t* at = out;
-    floatX *y = (floatX*)malloc_or_die(n * sizeof(floatX), "test"), *y2 = (floatX*)malloc_or_die(n * sizeof(floatX), "test");
-    float *stats = (float*)calloc_or_die(n * sizeof(float), "test"), *sums = (float*)calloc_or_die(n * sizeof(float), "test");
+    floatX *y = (floatX*)malloc_or_die(n * sizeof(floatX), "test"),
+        *y2 = (floatX*)malloc_or_die(n * sizeof(floatX), "test");
+    float *stats = (float*)calloc_or_die(n * sizeof(float), "test"),
+        *sums = (float*)calloc_or_die(n * sizeof(float), "test");
     double squares = CPU_OPS.sum_squares(x32, n);
     CPU_OPS.rmsnorm_forward(y, stats, x, x, rows, C, 1e-5f);
     CPU_OPS.rmsnorm_backward(y2, sums, y, x, x, x, stats, rows, C);
@@ -537,7 +539,8 @@ static void test_ops_threads(void) {
         bytes = threaded_results(results[k], x, n, x32);
     }
     cpu_set_threads(threads);
-    expect(!memcmp(results[0], results[1], bytes) && !memcmp(results[0], results[2], bytes), "results depend on the number of threads");
+    expect(!memcmp(results[0], results[1], bytes) && !memcmp(results[0], results[2], bytes),
+           "results depend on the number of threads");
     results[1][bytes - 1] ^= 1;
     expect(memcmp(results[0], results[1], bytes) != 0, "a planted bit is not seen");
     test_free(x, x32, results[0], results[1], results[2]);

@@ -1,10 +1,12 @@
-// quant.h: tests of quantization to MXFP4 against dev/ref/golden/quartet.safetensors and against itself (section quant).
+// quant.h: tests of quantization to MXFP4 against dev/ref/golden/quartet.safetensors and against itself (section
+// quant).
 //
 // The golden inputs are f32 and most are no bf16 values. Therefore
-//   both builds   the tile functions of llmc/cpu/quantize.h, which the operation is made of, on f32 inputs: every golden tensor
+//   both builds   the tile functions of llmc/cpu/quantize.h, which the operation is made of, on f32 inputs: every
+//                 golden tensor
 //   FP32 build    the operation itself (ops->quantize) on every golden tensor that needs no given random numbers
-//   both builds   the operation on inputs of the build's floatX: orientations, sources, odd row counts, signs and random bits of
-//                 the documented index, statistics; rotation
+//   both builds   the operation on inputs of the build's floatX: orientations, sources, odd row counts, signs and
+//                 random bits of the documented index, statistics; rotation
 #pragma once
 #include "formats.h"
 
@@ -16,8 +18,8 @@
 static SafetensorsFile golden_open(const char* path) {
     SafetensorsFile file;
     char error[SAFETENSORS_ERROR_BYTES];
-    check_or(safetensors_open(&file, path, error, sizeof error) == 0, EXIT_NO_INPUT, "%s; run the tests from the repository's root",
-             error);
+    check_or(safetensors_open(&file, path, error, sizeof error) == 0, EXIT_NO_INPUT,
+             "%s; run the tests from the repository's root", error);
     return file;
 }
 
@@ -41,8 +43,8 @@ static void* golden_read(const SafetensorsFile* file, const char* name, Safetens
 // quantization by the tile functions, with everything given
 
 #define TEST_QUEST \
-    (QuantSpec){.format = FORMAT_MXFP4, .scale = SCALE_QUEST, .rotation = ROTATE_HADAMARD, .rounding = ROUND_NEAREST, \
-                .group = 32, .source = SOURCE_TENSOR}
+    (QuantSpec){.format = FORMAT_MXFP4, .scale = SCALE_QUEST, .rotation = ROTATE_HADAMARD, \
+                .rounding = ROUND_NEAREST, .group = 32, .source = SOURCE_TENSOR}
 #define TEST_ABSMAX(rotate, round) \
     (QuantSpec){.format = FORMAT_MXFP4, .scale = SCALE_ABSMAX, .rotation = rotate, .rounding = round, .group = 32, \
                 .source = SOURCE_TENSOR}
@@ -53,8 +55,8 @@ static QTensor test_qtensor(const QuantSpec* spec, int rows, int cols) {
 
 static void test_qtensor_free(QTensor* q) { free(q->mask ? (void*)q->mask : (void*)q->codes); }
 
-// out = quantized x (rows, cols) f32, read transposed from (cols, rows) where asked. signs: a word a block of 32 columns, or NULL.
-// random: 16 bits an element in out's order, or NULL for rounding to nearest.
+// out = quantized x (rows, cols) f32, read transposed from (cols, rows) where asked. signs: a word a block of 32
+// columns, or NULL. random: 16 bits an element in out's order, or NULL for rounding to nearest.
 static void quantize_given(QTensor* out, const QuantSpec* spec, const float* x, int transposed, const uint32_t* signs,
                            const uint16_t* random) {
     for (int r0 = 0; r0 < out->rows; r0 += LANES) {
@@ -64,8 +66,8 @@ static void quantize_given(QTensor* out, const QuantSpec* spec, const float* x, 
             memset(&tile, 0, sizeof tile);
             for (int i = 0; i < GROUP * lanes; i++) {
                 int k = i % GROUP, l = i / GROUP;
-                size_t at = transposed ? (size_t)(c0 + k) * out->rows + (r0 + l) : (size_t)(r0 + l) * out->cols + (c0 + k);
-                tile.v[k][l] = x[at];
+                size_t row = (size_t)(r0 + l), col = (size_t)(c0 + k);
+                tile.v[k][l] = x[transposed ? col * out->rows + row : row * out->cols + col];
             }
             if (signs) {
                 tile_flip_signs(&tile, signs[c0 / GROUP]);
@@ -105,13 +107,15 @@ static int qtensor_first_difference(const QTensor* a, const QTensor* b, int rows
 }
 
 #define expect_same_operand(a, b, ...) \
-    expect((a)->rows == (b)->rows && (a)->cols == (b)->cols && qtensor_first_difference(a, b, (a)->rows) == -1, __VA_ARGS__)
+    expect((a)->rows == (b)->rows && (a)->cols == (b)->cols && qtensor_first_difference(a, b, (a)->rows) == -1, \
+           __VA_ARGS__)
 
 // the operation on a floatX tensor
 static QTensor quantize_op(const QuantSpec* spec, int rows, int cols, const floatX* x, int transposed, uint64_t seed) {
     QTensor out = test_qtensor(spec, rows, cols);
     QuantizeArgs args = {.out = &out, .spec = *spec, .tensor = x, .saved = NULL, .transposed = transposed, .seed = seed,
-                         .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .stats = NULL};
+                         .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56,
+                         .stats = NULL};
     CPU_OPS.quantize(&args);
     return out;
 }
@@ -145,8 +149,8 @@ static int million_differing_rows(const int64_t* golden, const void* data, size_
     return differing;
 }
 
-static void million_expect(const SafetensorsFile* file, const char* prefix, const char* part, void* data, size_t row_bytes,
-                           const char* by) {
+static void million_expect(const SafetensorsFile* file, const char* prefix, const char* part, void* data,
+                           size_t row_bytes, const char* by) {
     char name[64];
     snprintf(name, sizeof name, "million.%s%s_crc", prefix, part);
     int row = -1, planted_row = -1;
@@ -232,7 +236,8 @@ static const char* edge_name(const char* names, int bytes, int row, char* out, s
     return out;
 }
 
-static void edge_expect(const SafetensorsFile* file, const char* kind, const char* codes_name, const QTensor* got, const char* by) {
+static void edge_expect(const SafetensorsFile* file, const char* kind, const char* codes_name, const QTensor* got,
+                        const char* by) {
     char name[64], text[96];
     int rows, cols, name_bytes;
     snprintf(name, sizeof name, "edge.%s.%s", kind, codes_name);
@@ -304,8 +309,8 @@ static void stage_expect(const SafetensorsFile* file, const char* name, const fl
     free(want);
 }
 
-// bits of H x, the two sums, the variance and the argument of log2. The last two are spelled as tile_quest spells them, which keeps
-// them to itself: that tile_quest has the same bits is then seen in its scales.
+// bits of H x, the two sums, the variance and the argument of log2. The last two are spelled as tile_quest spells them,
+// which keeps them to itself: that tile_quest has the same bits is then seen in its scales.
 static void test_quant_stages(const SafetensorsFile* file) {
     int rows, cols;
     float* x = (float*)golden_read(file, "stage.x", SAFETENSORS_F32, &rows, &cols);
@@ -357,7 +362,8 @@ static void test_quant_orientations(const QuantSpec* spec, const char* what) {
     QTensor plain = quantize_op(spec, rows, cols, x, 0, 11), turned = quantize_op(spec, rows, cols, xt, 1, 11);
     expect_same_operand(&plain, &turned, "%s: the transposed source gives another operand", what);
     QTensor wrong = quantize_op(spec, rows, cols, xt, 0, 11);
-    expect(qtensor_first_difference(&plain, &wrong, rows) == 0, "%s: a source read the wrong way round is not seen", what);
+    expect(qtensor_first_difference(&plain, &wrong, rows) == 0, "%s: a source read the wrong way round is not seen",
+           what);
     test_qtensor_free(&wrong);
     test_qtensor_free(&turned);
     // fewer rows: the same rows, and nothing behind them is written
@@ -367,11 +373,12 @@ static void test_quant_orientations(const QuantSpec* spec, const char* what) {
         memset(few.codes, 0xA5, qtensor_codes_bytes(rows, cols));
         memset(few.scales, 0xA5, qtensor_scales_bytes(rows, cols));
         few.rows = counts[i];
-        QuantizeArgs args = {.out = &few, .spec = *spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 11, .sign_stream = 77,
-                             .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .stats = NULL};
+        QuantizeArgs args = {.out = &few, .spec = *spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 11,
+                             .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56,
+                             .stats = NULL};
         CPU_OPS.quantize(&args);
-        expect(qtensor_first_difference(&plain, &few, counts[i]) == -1, "%s: %d rows differ from the same rows of %d", what,
-               counts[i], rows);
+        expect(qtensor_first_difference(&plain, &few, counts[i]) == -1, "%s: %d rows differ from the same rows of %d",
+               what, counts[i], rows);
         expect(few.codes[counts[i] * cols / 2] == 0xA5 && few.scales[counts[i] * cols / GROUP] == 0xA5,
                "%s: %d rows write past their end", what, counts[i]);
         test_qtensor_free(&few);
@@ -391,8 +398,9 @@ static void test_quant_saved(const QuantSpec* spec, const char* what) {
         x[i] = f32_to_floatX(qtensor_decode(&saved, i / cols, i % cols));
     }
     QTensor from_tensor = quantize_op(spec, cols, rows, x, 1, 21), from_saved = test_qtensor(spec, cols, rows);
-    QuantizeArgs args = {.out = &from_saved, .spec = *spec, .tensor = NULL, .saved = &saved, .transposed = 1, .seed = 21,
-                         .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .stats = NULL};
+    QuantizeArgs args = {.out = &from_saved, .spec = *spec, .tensor = NULL, .saved = &saved, .transposed = 1,
+                         .seed = 21, .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99,
+                         .round_index = 9ull << 56, .stats = NULL};
     args.spec.source = SOURCE_SAVED;
     CPU_OPS.quantize(&args);
     expect_same_operand(&from_tensor, &from_saved, "%s: the saved operand gives another one than its values", what);
@@ -444,8 +452,8 @@ static void test_quant_random_numbers(Rotation rotation, Rounding rounding, cons
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// rotation: H H x = x, unrotate undoes it, and in a product the two sides of a signed rotation cancel. H is 5 sums and a factor: 6
-// roundings, relative to the norm of what they mix.
+// rotation: H H x = x, unrotate undoes it, and in a product the two sides of a signed rotation cancel. H is 5 sums and
+// a factor: 6 roundings, relative to the norm of what they mix.
 
 static void test_quant_rotation(void) {
     const int rows = LANES;
@@ -526,8 +534,9 @@ static void test_quant_stats(QuantSpec spec, int rows, int cols, const char* wha
     floatX* x = test_tensor((size_t)rows * cols, 8, 3.0);
     QTensor q = test_qtensor(&spec, rows, cols);
     QuantStats got = {1.0, 2.0, 3.0, 4.0, 5.0};  // added to
-    QuantizeArgs args = {.out = &q, .spec = spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 2, .sign_stream = 77,
-                         .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .stats = &got};
+    QuantizeArgs args = {.out = &q, .spec = spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 2,
+                         .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56,
+                         .stats = &got};
     CPU_OPS.quantize(&args);
     double error_sq = 1.0, input_sq = 2.0, clipped = 3.0, zero = 4.0, slack = 0.0, input_slack = 0.0;
     uint32_t signs[16];
@@ -540,7 +549,8 @@ static void test_quant_stats(QuantSpec spec, int rows, int cols, const char* wha
         for (int k = 0; k < GROUP; k++) {
             norm += pow((double)floatX_to_f32(x[(size_t)r * cols + c / GROUP * GROUP + k]), 2);
         }
-        double value = (double)qtensor_decode(&q, r, c) * (spec.scale == SCALE_ABSMAX ? 4.0 / 3.0 : 1.0), error = value - xh;
+        double value = (double)qtensor_decode(&q, r, c) * (spec.scale == SCALE_ABSMAX ? 4.0 / 3.0 : 1.0),
+            error = value - xh;
         double rounding = F32_ROUNDING * (6.0 * sqrt(norm / 32.0) + 3.0 * fabs(value) + fabs(error));
         error_sq += error * error;
         input_sq += xh * xh;
@@ -553,8 +563,8 @@ static void test_quant_stats(QuantSpec spec, int rows, int cols, const char* wha
     expect(fabs(got.input_sq - input_sq) <= input_slack, "%s: input %.9g, f64 says %.9g", what, got.input_sq, input_sq);
     expect(fabs(got.error_sq * 1.0001 - error_sq) > slack && fabs(got.input_sq * 1.0001 - input_sq) > input_slack,
            "%s: a planted error of 1e-4 is not seen", what);
-    expect(got.zero == zero && got.clipped == clipped && got.count == 5.0 + (double)rows * cols, "%s: counts %g %g %g, not %g %g",
-           what, got.zero, got.clipped, got.count, zero, clipped);
+    expect(got.zero == zero && got.clipped == clipped && got.count == 5.0 + (double)rows * cols,
+           "%s: counts %g %g %g, not %g %g", what, got.zero, got.clipped, got.count, zero, clipped);
     test_qtensor_free(&q);
     free(x);
 }
@@ -566,7 +576,8 @@ static void test_quant(void) {
     test_quant_stages(&file);
     safetensors_close(&file);
     const QuantSpec quest = TEST_QUEST, nearest = TEST_ABSMAX(ROTATE_SIGNED, ROUND_NEAREST);
-    const QuantSpec stochastic = TEST_ABSMAX(ROTATE_SIGNED, ROUND_STOCHASTIC), plain = TEST_ABSMAX(ROTATE_NONE, ROUND_NEAREST);
+    const QuantSpec stochastic = TEST_ABSMAX(ROTATE_SIGNED, ROUND_STOCHASTIC),
+        plain = TEST_ABSMAX(ROTATE_NONE, ROUND_NEAREST);
     test_quant_orientations(&quest, "quest");
     test_quant_orientations(&nearest, "absmax rtn");
     test_quant_orientations(&stochastic, "absmax sr");
