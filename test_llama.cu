@@ -21,6 +21,7 @@
 #include "dev/test/run.h"
 #include "dev/test/safetensors.h"
 #include "dev/test/tokenizer.h"
+#include "dev/test/update.h"
 
 typedef struct { const char* name; void (*run)(void); const char* what; } Section;
 
@@ -34,6 +35,7 @@ static const Section SECTIONS[] = {
     {"quant", test_quant, "quantizers against the NumPy reference, bit for bit"},
     {"linear", test_linear, "quantized linear layers, recipes, unbiased rounding"},
     {"ops", test_ops, "every operation against f64"},
+    {"update", test_update, "sums, skip, AdamW"},
     {"gradient", test_gradient, "whole-model gradients by finite differences (FP32 build)"},
     {"llama", test_llama_golden, "ten training steps of the PyTorch reference (FP32 build)"},
     {"options", test_options, "options, presets"},

@@ -71,12 +71,12 @@ typedef struct {
 // mean loss over the same evenly spaced validation samples each time, in nats per token
 static double validate(Trainer* t) {
     int64_t B = t->run.B, rows = min_i64(t->run.config.val_batches * B, max_i64(B, t->val.samples / B * B));
-    double sum = 0.0;
+    model_begin_step(&t->model, 0.0, 0.0, 0.0, 0);
     for (int64_t row = 0; row < rows; row += B) {
         data_read_even(&t->val, t->inputs, t->targets, row, (int)B, rows);
-        sum += model_forward(&t->model, t->inputs, t->targets, 0.0f, 0);
+        model_forward(&t->model, t->inputs, t->targets, 0.0f, 0);
     }
-    return sum / ((double)rows * t->run.T);
+    return model_read_control(&t->model).loss_sum / ((double)rows * t->run.T);
 }
 
 static int parse_prompt_ids(const char* text, int* ids, int most, int V) {
@@ -170,25 +170,27 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     model->linear.telemetry = observe ? &telemetry : NULL;
     model->weights_quantized = observe ? 0 : model->weights_quantized;
     model->linear.step = step;
+    double lr = schedule_lr(config, step);
+    model_begin_step(model, lr, config->beta1, config->beta2, step + 1);
     model_zero_gradients(model);
-    double loss_sum = 0.0;
     for (int64_t a = 0; a < t->run.accumulation; a++) {
         model->linear.micro = a * t->run.comm.size + t->run.comm.rank;
         loader_next(loader, t->inputs, t->targets);
-        loss_sum += model_forward(model, t->inputs, t->targets, 1.0f / (float)config->batch_tokens, 1);
+        model_forward(model, t->inputs, t->targets, 1.0f / (float)config->batch_tokens, 1);
         model_backward(model);
     }
     model_finish_gradients(model);
     model->linear.telemetry = NULL;
-    double loss = comm_sum(&t->run.comm, loss_sum) / (double)config->batch_tokens;
-    double lr = schedule_lr(config, step);
-    OptimizerResult result = optimizer_step(model, &t->run.comm, config, loss, lr, step + 1);
+    comm_sum(&t->run.comm, &model->control->loss_sum);
+    optimizer_step(model, &t->run.comm, config);
+    StepControl result = model_read_control(model);
+    double loss = result.loss_sum / (double)config->batch_tokens;
     t->state.step++;
     t->state.tokens += config->batch_tokens;
     kept = telemetry;
     return (StepRecord){.step = t->state.step, .steps = config->steps, .tokens = t->state.tokens, .step_tokens = config->batch_tokens,
-                        .loss = loss, .grad_norm = result.grad_norm, .lr = lr, .seconds = clock_seconds() - begin,
-                        .skipped = result.skipped, .telemetry = observe ? &kept : NULL};
+                        .loss = loss, .grad_norm = sqrt(result.grad_squares), .lr = lr, .seconds = clock_seconds() - begin,
+                        .skipped = result.skip, .telemetry = observe ? &kept : NULL};
 }
 
 // 0, or -1 after a message: the disk may be full for a while, training goes on

@@ -15,8 +15,8 @@ static Comm comm_init(void) {
     return (Comm){.rank = 0, .size = 1};
 }
 
-// sum of a number over all ranks
-static double comm_sum(const Comm* comm, double value) {
+// *value, in device memory, becomes its sum over all ranks
+static void comm_sum(const Comm* comm, double* value) {
+    (void)value;
     check(comm->size == 1, "internal: communication between ranks is not built");
-    return value;
 }

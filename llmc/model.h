@@ -59,6 +59,7 @@ typedef struct {
     void* quantized_memory;
     int weights_quantized;  // do the forward operands of the weights match the weights?
     int32_t *inputs, *targets;
+    StepControl* control; // on the device
 
     void* memory[MEMORY_CLASSES];
     size_t memory_bytes[MEMORY_CLASSES];
@@ -181,6 +182,7 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
     case MEMORY_BATCH:
         model->inputs = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
         model->targets = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
+        model->control = (StepControl*)arena_take(arena, sizeof(StepControl));
         break;
     case MEMORY_CLASSES: break;
     }
@@ -292,6 +294,7 @@ static void model_allocate(Model* model) {
         model_layout(model, (MemoryClass)kind, &arena);
     }
     model_bind_linears(model);
+    model->ops->reserve(attention_shape(model, model->B, model->T));
     size_t count = (size_t)model->config.max_positions * model->config.HS;
     float* table = (float*)malloc_or_die(count * sizeof(float), "rope table");
     rope_table_fill(table, &model->config);
@@ -350,28 +353,31 @@ static void model_quantize_weights(Model* model) {
     model->weights_quantized = 1;
 }
 
+// From norm1, the normalized entry of the block, to the entry of the next block and its norm: each residual add is one operation with
+// the norm behind it.
 static void model_forward_block(Model* model, int l) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
     const LinearContext* ctx = &model->linear;
     BlockActivations* b = &model->blocks[l];
     const Linear* linears = model->linears + l * LINEAR_KINDS;
-    int BT = model->B * model->T;
+    int BT = model->B * model->T, last = l + 1 == m->L;
+    float eps = (float)m->rms_eps;
     AttentionShape shape = attention_shape(model, model->B, model->T);
-    floatX* next = l + 1 < m->L ? model->blocks[l + 1].inp : model->out;
 
-    ops->rmsnorm_forward(b->norm1, b->rstd1, b->inp, model_weight(model, P_NORM1, l), BT, m->C, (float)m->rms_eps);
     linear_forward(ctx, &linears[LINEAR_QKV], b->qkv, &b->x[LINEAR_QKV], b->x_memory[LINEAR_QKV], b->norm1, BT);
     ops->rope(b->qkv, model->rope_table, shape, 0, 0);
     ops->attention_forward(b->att, b->lse, b->qkv, shape);
     linear_forward(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O], b->x_memory[LINEAR_O], b->att, BT);
-    ops->add(b->mid, b->inp, model->projection, (size_t)BT * m->C);
+    ops->add_rmsnorm_forward(b->mid, b->norm2, b->rstd2, b->inp, model->projection, model_weight(model, P_NORM2, l), BT, m->C, eps);
 
-    ops->rmsnorm_forward(b->norm2, b->rstd2, b->mid, model_weight(model, P_NORM2, l), BT, m->C, (float)m->rms_eps);
     linear_forward(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP], b->x_memory[LINEAR_GATE_UP], b->norm2, BT);
     ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
     linear_forward(ctx, &linears[LINEAR_DOWN], model->projection, &b->x[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act, BT);
-    ops->add(next, b->mid, model->projection, (size_t)BT * m->C);
+    BlockActivations* next = last ? NULL : b + 1;
+    ops->add_rmsnorm_forward(last ? model->out : next->inp, last ? model->final_norm : next->norm1, last ? model->rstd_final : next->rstd1,
+                             b->mid, model->projection, last ? model_weight(model, P_NORM, -1) : model_weight(model, P_NORM1, l + 1), BT,
+                             m->C, eps);
 }
 
 // losses of all rows; where with_grad, dnorm (BT, C) = gradient of final_norm and the head's gradient +=
@@ -403,30 +409,40 @@ static void model_classifier(Model* model, float grad_scale, int with_grad) {
     }
 }
 
-// Sum of the losses of a micro-batch in nats, a host number. tokens: (B*T) host arrays. grad_scale multiplies every gradient:
-// 1 / tokens of the whole step makes the step's gradient the gradient of its mean loss.
-static double model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale, int with_grad) {
+// One micro-batch; its losses are added to control->loss_sum. inputs, targets: (B*T) host arrays, free for reuse on return. grad_scale
+// multiplies every gradient: 1 / tokens of the whole step makes the step's gradient the gradient of its mean loss.
+static void model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale, int with_grad) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
+    BlockActivations* first = &model->blocks[0];
     size_t BT = (size_t)model->B * model->T;
     ops->copy_to_device(model->inputs, inputs, BT * sizeof(int32_t));
     ops->copy_to_device(model->targets, targets, BT * sizeof(int32_t));
     model_quantize_weights(model);
-    ops->embedding_forward(model->blocks[0].inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
+    ops->embedding_forward(first->inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
+    ops->rmsnorm_forward(first->norm1, first->rstd1, first->inp, model_weight(model, P_NORM1, 0), (int)BT, m->C, (float)m->rms_eps);
     for (int l = 0; l < m->L; l++) {
         model_forward_block(model, l);
     }
-    ops->rmsnorm_forward(model->final_norm, model->rstd_final, model->out, model_weight(model, P_NORM, -1), (int)BT, m->C,
-                         (float)m->rms_eps);
     model_classifier(model, grad_scale, with_grad);
-    float* losses = (float*)malloc_or_die(BT * sizeof(float), "losses");
-    ops->copy_to_host(losses, model->losses, BT * sizeof(float));
-    double sum = 0.0;
-    for (size_t i = 0; i < BT; i++) {
-        sum += (double)losses[i];
-    }
-    free(losses);
-    return sum;
+    ops->loss_sum(&model->control->loss_sum, model->losses, (int)BT);
+}
+
+// The sums begin at zero; lr and the bias corrections of update t (from 1) are set. t 0: no update follows.
+static void model_begin_step(Model* model, double lr, double beta1, double beta2, int64_t t) {
+    StepControl control;
+    memset(&control, 0, sizeof control);
+    control.lr = (float)lr;
+    control.correction1 = (float)(1.0 - pow(beta1, (double)t));
+    control.correction2 = (float)(1.0 - pow(beta2, (double)t));
+    model->ops->copy_to_device(model->control, &control, sizeof control);
+}
+
+// waits for the device
+static StepControl model_read_control(const Model* model) {
+    StepControl control;
+    model->ops->copy_to_host(&control, model->control, sizeof control);
+    return control;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

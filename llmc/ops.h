@@ -24,14 +24,30 @@ typedef struct {
     float alpha;
 } GemmArgs;
 
+// What a step knows of itself, in device memory, so that the host need not be asked inside a step. The host writes lr and corrections
+// (1 - beta^t, t the update's number from 1) and zeroes the sums before the step, and reads all of it once at its end.
+typedef struct {
+    double loss_sum;      // nats over the step's tokens
+    double grad_squares;  // of the gradients before clipping
+    float lr, correction1, correction2;
+    float grad_scale;     // multiplies every gradient: the clip factor
+    int32_t skip;         // loss or gradients are not finite: the update leaves everything as it is
+} StepControl;
+
+// norm = sqrt(grad_squares); grad_scale = min(1, grad_clip / norm), 1 where grad_clip is 0; skip where norm or loss is not finite
+static HOST_DEVICE inline void step_decide(StepControl* control, float grad_clip) {
+    double norm = sqrt(control->grad_squares);
+    control->skip = !isfinite(norm) || !isfinite(control->loss_sum);
+    control->grad_scale = grad_clip > 0.0f && norm > (double)grad_clip ? (float)((double)grad_clip / norm) : 1.0f;
+}
+
 typedef struct {
     floatX* param;       // = rounded master
     float *master, *m, *v;
     const float* grad;
     size_t count;
-    float lr, beta1, beta2, eps, weight_decay;
-    float grad_scale;    // multiplies every gradient: the clip factor
-    int64_t t;           // update number, from 1: bias correction
+    float beta1, beta2, eps, weight_decay;
+    const StepControl* control;  // lr, corrections, grad_scale; where skip is set nothing is written
 } AdamwArgs;
 
 typedef struct Ops {
@@ -43,6 +59,9 @@ typedef struct Ops {
     void (*zero)(void* memory, size_t bytes);
     void (*copy_to_device)(void* device, const void* host, size_t bytes);
     void (*copy_to_host)(void* host, const void* device, size_t bytes);
+    void (*synchronize)(void);
+    // scratch that depends on the largest micro-batch, once before the first operation of that shape
+    void (*reserve)(AttentionShape shape);
     // bytes that the backend holds besides what alloc gave out: its own scratch (largest[i]: elements of the largest left and right
     // operand of a GEMM); its program and libraries
     size_t (*scratch_bytes)(OperandSizes largest, AttentionShape shape, int threads);
@@ -55,6 +74,9 @@ typedef struct Ops {
 
     // out (BT, C) = inp / rms(inp) * weight, rms = sqrt(mean(inp^2) + eps); rstd (BT) = 1/rms is kept for backward
     void (*rmsnorm_forward)(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C, float eps);
+    // sum = a + b, then rmsnorm of sum: the residual add and the norm behind it; sum may be in place on a
+    void (*add_rmsnorm_forward)(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight, int BT, int C,
+                                float eps);
     // dinp (BT, C) = dresidual (or 0 where NULL) + gradient of inp; may be in place on dresidual. dweight (C) +=
     void (*rmsnorm_backward)(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual, const floatX* inp,
                              const floatX* weight, const float* rstd, int BT, int C);
@@ -94,8 +116,10 @@ typedef struct Ops {
     void (*unrotate)(floatX* x, const uint32_t* mask, int rows, int cols);
     void (*unrotate_f32)(float* x, const uint32_t* mask, int rows, int cols);
 
-    // sum of squares, deterministic: the order does not depend on the number of threads
-    double (*sum_squares)(const float* x, size_t n);
+    // sums, deterministic: the order does not depend on the number of threads. *sum += the losses; *sum = the squares of x
+    void (*loss_sum)(double* sum, const float* losses, int n);
+    void (*sum_squares)(double* sum, const float* x, size_t n);
+    void (*step_decide)(StepControl* control, float grad_clip);
     // one AdamW update with decoupled weight decay (Loshchilov & Hutter 2019)
     void (*adamw)(const AdamwArgs* args);
 } Ops;

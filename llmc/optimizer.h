@@ -1,25 +1,18 @@
-// optimizer.h: one optimizer step from accumulated gradients: norm, clip, finite?, AdamW, weight decay where the table says.
+// optimizer.h: one optimizer step from accumulated gradients: norm, clip, finite?, AdamW (Loshchilov & Hutter 2019), weight decay where the
+// table says.
 //
 // A step whose loss or gradient norm is not finite is found before the update: nothing is changed, the caller counts the skip.
 #pragma once
 #include "comm.h"
 #include "model.h"
 
-typedef struct {
-    double grad_norm;  // before clipping, over all parameters
-    int skipped;
-} OptimizerResult;
-
-// decoupled AdamW (Loshchilov & Hutter 2019). t counts updates from 1; grad_clip 0 does not clip.
-static OptimizerResult optimizer_step(Model* model, const Comm* comm, const Config* config, double loss, double lr, int64_t t) {
+// Update from model_begin_step's lr and corrections and the gradients that are summed up. The result is in model->control; the host is not
+// asked. grad_clip 0 does not clip.
+static void optimizer_step(Model* model, const Comm* comm, const Config* config) {
     const Ops* ops = model->ops;
-    OptimizerResult result;
-    result.grad_norm = sqrt(comm_sum(comm, ops->sum_squares(model->grads, model->table.elements)));
-    result.skipped = !isfinite(result.grad_norm) || !isfinite(loss);
-    if (result.skipped) {
-        return result;
-    }
-    double clip = config->grad_clip > 0 && result.grad_norm > config->grad_clip ? config->grad_clip / result.grad_norm : 1.0;
+    ops->sum_squares(&model->control->grad_squares, model->grads, model->table.elements);
+    comm_sum(comm, &model->control->grad_squares);
+    ops->step_decide(model->control, (float)config->grad_clip);
     const ParamTable* table = &model->table;
     for (int p = 0; p < table->count;) {
         int decay = PARAM_SPECS[table->list[p].kind].decay;
@@ -33,15 +26,12 @@ static OptimizerResult optimizer_step(Model* model, const Comm* comm, const Conf
                           .v = model->v + begin,
                           .grad = model->grads + begin,
                           .count = end - begin,
-                          .lr = (float)lr,
                           .beta1 = (float)config->beta1,
                           .beta2 = (float)config->beta2,
                           .eps = (float)config->eps,
                           .weight_decay = decay ? (float)config->weight_decay : 0.0f,
-                          .grad_scale = (float)clip,
-                          .t = t};
+                          .control = model->control};
         ops->adamw(&args);
     }
     model->weights_quantized = 0;
-    return result;
 }

@@ -320,7 +320,9 @@ static double llama_roundings(const ModelConfig* m, int T) {
 
 static double gradient_loss(Model* model, const int32_t* inputs, const int32_t* targets) {
     model->weights_quantized = 0;
-    return model_forward(model, inputs, targets, 1.0f, 0) / (model->B * model->T);
+    model_begin_step(model, 0.0, 0.0, 0.0, 0);
+    model_forward(model, inputs, targets, 1.0f, 0);
+    return model_read_control(model).loss_sum / (model->B * model->T);
 }
 
 // loss(w + h d) - loss(w - h d); *predicted from the gradient of the tensor

@@ -117,21 +117,25 @@ static LlamaRun llama_train(const SafetensorsFile* file, double peak, double bet
             targets[i] = row[1];
         }
         model_zero_gradients(&model);
-        run.losses[s] = model_forward(&model, inputs, targets, 1.0f / (float)(B * T), 1) / (B * T);
+        run.lrs[s] = schedule_lr(&config, s);
+        model_begin_step(&model, run.lrs[s], config.beta1, config.beta2, s + 1);
+        model_forward(&model, inputs, targets, 1.0f / (float)(B * T), 1);
         model_backward(&model);
         model_finish_gradients(&model);
         if (s == 0 && check_gradients) {
             llama_expect_gradients(file, &model);
         }
-        run.lrs[s] = schedule_lr(&config, s);
-        OptimizerResult result = optimizer_step(&model, &comm, &config, run.losses[s], run.lrs[s], s + 1);
-        expect(!result.skipped, "step %d was skipped", s);
-        run.norms[s] = result.grad_norm;
+        optimizer_step(&model, &comm, &config);
+        StepControl result = model_read_control(&model);
+        expect(!result.skip, "step %d was skipped", s);
+        run.losses[s] = result.loss_sum / (B * T);
+        run.norms[s] = sqrt(result.grad_squares);
     }
     int rounded = 1;
     for (int p = 0; p < model.table.count; p++) {
         const Param* param = &model.table.list[p];
-        run.final_norms[p] = sqrt(CPU_OPS.sum_squares(model.master + param->offset, param->count));
+        CPU_OPS.sum_squares(&run.final_norms[p], model.master + param->offset, param->count);
+        run.final_norms[p] = sqrt(run.final_norms[p]);
         rounded &= !memcmp(model.master + param->offset, model.params + param->offset, param->count * sizeof(float));
     }
     expect(rounded, "parameters and master weights differ");

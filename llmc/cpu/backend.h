@@ -9,6 +9,9 @@ static void* cpu_alloc(size_t bytes, const char* what) { return calloc_or_die(by
 static void cpu_zero(void* memory, size_t bytes) { memset(memory, 0, bytes); }
 static void cpu_copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
+static void cpu_synchronize(void) {}
+static void cpu_reserve(AttentionShape shape) { (void)shape; }  // grows as it goes
+
 static size_t cpu_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
     size_t tiles = sizeof(floatX) == sizeof(float) ? 0 : sizeof(float) * GEMM_TILE_M * GEMM_TILE_N;
     return (largest.a + largest.b) * sizeof(float) + (size_t)threads * max_size(tiles, attention_scratch_floats(shape) * sizeof(float));
@@ -24,11 +27,14 @@ static const Ops CPU_OPS = {
     .zero = cpu_zero,
     .copy_to_device = cpu_copy,
     .copy_to_host = cpu_copy,
+    .synchronize = cpu_synchronize,
+    .reserve = cpu_reserve,
     .scratch_bytes = cpu_scratch_bytes,
     .program_bytes = cpu_program_bytes,
     .embedding_forward = cpu_embedding_forward,
     .embedding_backward = cpu_embedding_backward,
     .rmsnorm_forward = cpu_rmsnorm_forward,
+    .add_rmsnorm_forward = cpu_add_rmsnorm_forward,
     .rmsnorm_backward = cpu_rmsnorm_backward,
     .add = cpu_add,
     .rope = cpu_rope,
@@ -43,7 +49,9 @@ static const Ops CPU_OPS = {
     .gemm = cpu_gemm,
     .unrotate = cpu_unrotate,
     .unrotate_f32 = cpu_unrotate_f32,
+    .loss_sum = cpu_loss_sum,
     .sum_squares = cpu_sum_squares,
+    .step_decide = cpu_step_decide,
     .adamw = cpu_adamw,
 };
 

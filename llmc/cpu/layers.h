@@ -77,6 +77,14 @@ static void cpu_rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, con
     }
 }
 
+static void cpu_add(floatX* out, const floatX* a, const floatX* b, size_t n);
+
+static void cpu_add_rmsnorm_forward(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight, int BT,
+                                    int C, float eps) {
+    cpu_add(sum, a, b, (size_t)BT * C);
+    cpu_rmsnorm_forward(out, rstd, sum, weight, BT, C, eps);
+}
+
 // y = x r w: dx = r (w dy - x r^2 mean(w dy x)), dw = sum over tokens of dy x r
 static void cpu_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual, const floatX* inp,
                                  const floatX* weight, const float* rstd, int BT, int C) {
@@ -230,7 +238,7 @@ static void cpu_crossentropy(float* losses, floatX* logits, const int32_t* targe
     }
 }
 
-static double cpu_sum_squares(const float* x, size_t n) {
+static void cpu_sum_squares(double* total, const float* x, size_t n) {
     const size_t chunk = 65536;
     int64_t chunks = ceil_div((int64_t)n, (int64_t)chunk);
     double* partial = (double*)malloc_or_die(sizeof(double) * (size_t)chunks, "partial sums");
@@ -254,16 +262,28 @@ static double cpu_sum_squares(const float* x, size_t n) {
         sum += partial[c];
     }
     free(partial);
-    return sum;
+    *total = sum;
 }
 
+static void cpu_loss_sum(double* sum, const float* losses, int n) {
+    double mine = 0.0;
+    for (int i = 0; i < n; i++) {
+        mine += (double)losses[i];
+    }
+    *sum += mine;
+}
+
+static void cpu_step_decide(StepControl* control, float grad_clip) { step_decide(control, grad_clip); }
+
 static void cpu_adamw(const AdamwArgs* a) {
-    float correction1 = (float)(1.0 - pow((double)a->beta1, (double)a->t));
-    float correction2 = (float)(1.0 - pow((double)a->beta2, (double)a->t));
+    if (a->control->skip) {
+        return;
+    }
+    float correction1 = a->control->correction1, correction2 = a->control->correction2, lr = a->control->lr;
     float *master = a->master, *first = a->m, *second = a->v;
     const float* grad = a->grad;
     floatX* param = a->param;
-    float beta1 = a->beta1, beta2 = a->beta2, eps = a->eps, lr = a->lr, decay = a->lr * a->weight_decay, scale = a->grad_scale;
+    float beta1 = a->beta1, beta2 = a->beta2, eps = a->eps, decay = lr * a->weight_decay, scale = a->control->grad_scale;
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < a->count; i++) {
         float g = grad[i] * scale;
