@@ -52,7 +52,7 @@ GENCODE := $(if $(GPU),-arch=native,$(foreach a,$(CUDA_ARCHS),-gencode arch=comp
 ifeq ($(CUDA),1)
   COMPILE = $(NVCC) -std=c++20 -O3 $(GENCODE) --threads 0 -x cu -DUSE_CUDA $(DEFS) \
             -Xcompiler "$(FLAGS)" -diag-suppress 177
-  LINK = $(LIBS) -lgomp
+  LINK = $(LIBS) -lcublasLt -lgomp
 else
   COMPILE = $(CXX) -x c++ -std=c++20 $(FLAGS) $(DEFS)
   LINK = -x none $(LIBS)

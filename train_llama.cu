@@ -12,8 +12,8 @@
 #include "llmc/config.h"
 #include "llmc/quant.h"
 #include "llmc/ops.h"
-#include "llmc/backend.h"
 #include "llmc/recipe.h"
+#include "llmc/backend.h"
 #include "llmc/linear.h"
 #include "llmc/model.h"
 #include "llmc/data.h"
@@ -188,8 +188,10 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     t->state.step++;
     t->state.tokens += config->batch_tokens;
     kept = telemetry;
+    double seconds = clock_seconds() - begin, peak = model->ops->peak_flops();
+    double mfu = peak > 0 ? model_flops_per_token(model) * (double)config->batch_tokens / seconds / peak : 0.0;
     return (StepRecord){.step = t->state.step, .steps = config->steps, .tokens = t->state.tokens, .step_tokens = config->batch_tokens,
-                        .loss = loss, .grad_norm = sqrt(result.grad_squares), .lr = lr, .seconds = clock_seconds() - begin,
+                        .loss = loss, .grad_norm = sqrt(result.grad_squares), .lr = lr, .seconds = seconds, .mfu = mfu,
                         .skipped = result.skip, .telemetry = observe ? &kept : NULL};
 }
 
@@ -264,7 +266,7 @@ static int train(Trainer* t) {
 static void print_header(const Trainer* t, const Ops* ops) {
     const Config* c = &t->run.config;
     const ModelConfig* m = &t->run.model_config;
-    char params[32], tokens[32], run_tokens[32], memory[32];
+    char params[32], tokens[32], run_tokens[32], memory[32], device[320];
     size_t bytes = 0;
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
         bytes += t->model.memory_bytes[kind];
@@ -278,7 +280,8 @@ static void print_header(const Trainer* t, const Ops* ops) {
            m->NH, m->NKV, m->F, m->V, m->tied ? ", tied" : "");
     printf("recipe     %s: %s%s%s\n", t->run.recipe->name, t->run.recipe->what, t->run.recipe->x.format == FORMAT_FLOATX ? "" : "; backward ",
            t->run.recipe->x.format == FORMAT_FLOATX ? "" : c->bwd_rounding);
-    printf("device     %s, %d threads, BLAS %s, %s%s\n", ops->name, cpu_threads(), CPU_BLAS_NAME, FLOATX_NAME, backend_note);
+    ops->describe(device, sizeof device);
+    printf("device     %s: %s, %s%s\n", ops->name, device, FLOATX_NAME, backend_note);
     printf("data       %s tokens in %d shards (ids %s), %lld samples of %d; validation %s\n", tokens, t->train.shard_count,
            t->train.fully_scanned ? "all checked" : "spot-checked, the rest as read", (long long)t->train.samples, t->run.T,
            t->has_val ? c->val_data : "none");
@@ -369,7 +372,7 @@ static int run_prompt_only(Trainer* t) {
     run->config.batch_tokens = run->config.seq_len;
     free(run->out);
     run_resolve(run);
-    const Ops* ops = backend_init(&run->config);
+    const Ops* ops = backend_init(&run->config, run->recipe);
     start_model(t, ops);
     model_allocate(&t->model);
     start_weights(t, checkpoint, saved);
@@ -380,7 +383,7 @@ static int run_prompt_only(Trainer* t) {
 
 static int run_training(Trainer* t) {
     Run* run = &t->run;
-    const Ops* ops = backend_init(&run->config);
+    const Ops* ops = backend_init(&run->config, run->recipe);
     if (run->config.self_test) {
         self_test(ops, 1);
         return EXIT_DONE;
@@ -409,6 +412,9 @@ static int run_training(Trainer* t) {
     model_allocate(&t->model);
     start_weights(t, checkpoint, saved);
     check_fingerprint(t, checkpoint);
+    if (checkpoint) {
+        run_set_aside(run, t->state.step);
+    }
     run_find_tokenizer(run, &t->train, checkpoint);
     json_free(saved);
     size_t tokens = (size_t)run->B * run->T;

@@ -6,7 +6,13 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 export OMP_WAIT_POLICY=passive
 problems=0
-problem() { problems=$((problems + 1)); sed 's/^/  /' <<<"$1"; }
+# problem LINES: the first ten are shown
+problem() {
+    local lines; lines=$(wc -l <<<"$1")
+    problems=$((problems + 1))
+    head -n 10 <<<"$1" | sed 's/^/  /'
+    [ "$lines" -le 10 ] || echo "  ... and $((lines - 10)) more"
+}
 title() { printf '%-12s %3d s  %s\n' "$1" $((SECONDS - begin)) "$2"; begin=$SECONDS; }
 begin=$SECONDS
 

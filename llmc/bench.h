@@ -219,9 +219,7 @@ static void bench_run(const Run* run, Model* model) {
     }
     bench_table(model, gemm_ceiling, copy_ceiling);
     qsort(times + 1, 6, sizeof(double), compare_doubles);
-    double seconds = times[3], A = (double)m->NH * m->HS;
-    double matrix_params = (double)model->table.block_size * m->L + (double)m->V * m->C;
-    double flops = BT * (6.0 * matrix_params + 6.0 * m->L * model->T * A);
+    double seconds = times[3], flops = BT * model_flops_per_token(model);
     printf("step       %.1f ms a micro-batch and update, %.0f tokens/s, model %.1f GFLOP/s, %.0f %% of BLAS\n", seconds * 1e3,
            BT / seconds, flops / seconds * 1e-9, 100 * flops / seconds * 1e-9 / gemm_ceiling);
     free(tokens);

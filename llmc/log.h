@@ -127,6 +127,7 @@ static void log_telemetry(Log* log, const LinearTelemetry* telemetry) {
 typedef struct {
     int64_t step, steps, tokens, step_tokens;  // step counts from 1: the number of finished steps
     double loss, grad_norm, lr, seconds;
+    double mfu;                                // share of the device's peak; 0 where that is not known
     int skipped;
     const LinearTelemetry* telemetry;          // or NULL
 } StepRecord;
@@ -134,11 +135,14 @@ typedef struct {
 static void log_step(Log* log, const StepRecord* r) {
     double rate = (double)r->step_tokens / r->seconds;
     log->step_seconds = log->step_seconds > 0 ? 0.95 * log->step_seconds + 0.05 * r->seconds : r->seconds;
-    char eta[32], tokens_per_second[32];
+    char eta[32], tokens_per_second[32], mfu[32] = "";
+    if (r->mfu > 0) {
+        snprintf(mfu, sizeof mfu, " | %.1f%% mfu", 100 * r->mfu);
+    }
     format_duration(eta, sizeof eta, log->step_seconds * (double)(r->steps - r->step));
     format_count(tokens_per_second, sizeof tokens_per_second, rate);
-    printf("step %6lld/%lld | loss %7.4f | norm %7.3f | lr %.2e | %7.1f ms | %s tok/s | eta %s%s\n", (long long)r->step,
-           (long long)r->steps, r->loss, r->grad_norm, r->lr, r->seconds * 1e3, tokens_per_second, eta,
+    printf("step %6lld/%lld | loss %7.4f | norm %7.3f | lr %.2e | %7.1f ms | %s tok/s%s | eta %s%s\n", (long long)r->step,
+           (long long)r->steps, r->loss, r->grad_norm, r->lr, r->seconds * 1e3, tokens_per_second, mfu, eta,
            r->skipped ? " | SKIPPED: not finite, weights unchanged" : "");
     fflush(stdout);
     fprintf(log->metrics, "{\"type\":\"%s\",\"step\":%lld,\"tokens\":%lld", r->skipped ? "skip" : "step", (long long)r->step,
@@ -148,6 +152,9 @@ static void log_step(Log* log, const StepRecord* r) {
     log_number(log, "lr", r->lr, "%.9g");
     log_number(log, "dt_ms", r->seconds * 1e3, "%.3f");
     log_number(log, "tok_s", rate, "%.1f");
+    if (r->mfu > 0) {
+        log_number(log, "mfu", r->mfu, "%.4f");
+    }
     if (r->telemetry) {
         log_telemetry(log, r->telemetry);
     }

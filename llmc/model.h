@@ -194,6 +194,14 @@ static int classifier_chunk_rows(int BT, int V) {
     return (int)max_i64(1, min_i64(BT, rows >= 64 ? rows / 64 * 64 : rows));
 }
 
+// Floating-point operations of one trained token: 6 per parameter of a matrix that multiplies (forward 2, backward 4; the embedding does
+// not), and causal attention 12 L T A / 2 with A = NH * HS. MFU is this times tokens per second over the device's peak.
+static double model_flops_per_token(const Model* model) {
+    const ModelConfig* m = &model->config;
+    double matrices = (double)model->table.block_size * m->L + (double)m->V * m->C;
+    return 6.0 * matrices + 6.0 * m->L * (double)model->T * m->NH * m->HS;
+}
+
 // the largest left and right operand of any GEMM of a step
 static OperandSizes model_largest_operands(const Model* model) {
     const ModelConfig* m = &model->config;

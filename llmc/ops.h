@@ -66,6 +66,9 @@ typedef struct Ops {
     // operand of a GEMM); its program and libraries
     size_t (*scratch_bytes)(OperandSizes largest, AttentionShape shape, int threads);
     size_t (*program_bytes)(int threads);
+    // dense bf16 peak of the device in FLOP/s, from its datasheet; 0 where it is not known
+    double (*peak_flops)(void);
+    void (*describe)(char* buffer, size_t bytes);
 
     // out (BT, C) = weight[token]; weight (V, C)
     void (*embedding_forward)(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C);

@@ -72,7 +72,9 @@ static void run_resolve_batch(Run* run) {
 
 static void run_resolve_length(Run* run) {
     Config* c = &run->config;
-    check_or(c->steps == AUTO_INT || c->tokens == AUTO_INT, EXIT_USAGE, "give --steps or --tokens, not both");
+    check_or(c->steps == AUTO_INT || c->tokens == AUTO_INT || c->tokens == c->steps * c->batch_tokens, EXIT_USAGE,
+             "--steps %lld and --tokens %lld say different lengths (--batch-tokens is %lld); give one of them", (long long)c->steps,
+             (long long)c->tokens, (long long)c->batch_tokens);
     if (c->tokens != AUTO_INT) {
         c->steps = ceil_div(c->tokens, c->batch_tokens);
     } else if (c->steps == AUTO_INT) {
@@ -168,6 +170,31 @@ static char* run_find_checkpoint(const Run* run, Json** state) {
     check_or(found || !(path_given || !strcmp(resume, "must")), EXIT_NO_INPUT, "--resume %s: there is no checkpoint in '%s'", resume,
              folder);
     return found;
+}
+
+// A run that continues from step `from` writes later checkpoints anew. Those that stand there, damaged or from a way not taken, are kept
+// under another name: a committed step is never overwritten.
+static void run_set_aside(const Run* run, int64_t from) {
+    int count;
+    int64_t* steps = checkpoint_list(run->out, &count);
+    for (int i = 0; i < count; i++) {
+        for (int number = 1; steps[i] > from; number++) {
+            char suffix[32];
+            snprintf(suffix, sizeof suffix, ".aside-%d", number);
+            char *path = checkpoint_path(run->out, steps[i], ""), *aside = checkpoint_path(run->out, steps[i], suffix);
+            int taken = path_is_folder(aside);
+            check_or(taken || rename(path, aside) == 0, EXIT_IO, "cannot rename '%s': %s", path, strerror(errno));
+            if (!taken) {
+                printf("resume     '%s' is newer than step %lld: kept as '%s'\n", path, (long long)from, aside);
+            }
+            free(path);
+            free(aside);
+            if (!taken) {
+                break;
+            }
+        }
+    }
+    free(steps);
 }
 
 // options that a resumed run must not change: data position and random numbers hang on them; others are reported

@@ -367,16 +367,16 @@ static void test_formats_packing(void) {
     const int rows = 256, cols = 32;
     void* memory = malloc_or_die(qtensor_bytes(&spec, rows, cols), "test");
     QTensor q = qtensor_at(&spec, rows, cols, memory);
-    for (int r0 = 0; r0 < rows; r0 += LANES) {
+    for (int r0 = 0; r0 < rows; r0 += TILE_LANES) {
         Tile tile;
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             tile.scale[l] = (uint32_t)(r0 + l);
             tile.mask[l] = ~0u;
             for (int k = 0; k < GROUP; k++) {
                 tile.code[k][l] = (uint32_t)(k * 5 + r0 + l) % 16;  // 5 is odd: each code twice
             }
         }
-        tile_store(&tile, &q, r0, 0, LANES);
+        tile_store(&tile, &q, r0, 0, TILE_LANES);
     }
     const float* bulk = operand_decode(&q, 0);
     const double index_value[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};

@@ -59,9 +59,9 @@ static void test_qtensor_free(QTensor* q) { free(q->mask ? (void*)q->mask : (voi
 // columns, or NULL. random: 16 bits an element in out's order, or NULL for rounding to nearest.
 static void quantize_given(QTensor* out, const QuantSpec* spec, const float* x, int transposed, const uint32_t* signs,
                            const uint16_t* random) {
-    for (int r0 = 0; r0 < out->rows; r0 += LANES) {
+    for (int r0 = 0; r0 < out->rows; r0 += TILE_LANES) {
         for (int c0 = 0; c0 < out->cols; c0 += GROUP) {
-            int lanes = min_int(LANES, out->rows - r0);
+            int lanes = min_int(TILE_LANES, out->rows - r0);
             Tile tile;
             memset(&tile, 0, sizeof tile);
             for (int i = 0; i < GROUP * lanes; i++) {
@@ -317,22 +317,22 @@ static void test_quant_stages(const SafetensorsFile* file) {
     check(rows == 64 && cols == 32, "the shape of stage.x");
     float h[64 * 32], s1[64], s2[64], variance[64], v[64];
     int scales_agree = 1;
-    for (int r0 = 0; r0 < rows; r0 += LANES) {
+    for (int r0 = 0; r0 < rows; r0 += TILE_LANES) {
         Tile tile;
-        for (int i = 0; i < GROUP * LANES; i++) {
+        for (int i = 0; i < GROUP * TILE_LANES; i++) {
             tile.v[i % GROUP][i / GROUP] = x[r0 * GROUP + i];
         }
         tile_hadamard(&tile);
-        float pairs[GROUP][LANES];
+        float pairs[GROUP][TILE_LANES];
         memcpy(pairs, tile.v, sizeof pairs);
         tile_sum(s1 + r0, pairs);
-        for (int i = 0; i < GROUP * LANES; i++) {
+        for (int i = 0; i < GROUP * TILE_LANES; i++) {
             h[r0 * GROUP + i] = tile.v[i % GROUP][i / GROUP];
-            pairs[i / LANES][i % LANES] = tile.v[i / LANES][i % LANES] * tile.v[i / LANES][i % LANES];
+            pairs[i / TILE_LANES][i % TILE_LANES] = tile.v[i / TILE_LANES][i % TILE_LANES] * tile.v[i / TILE_LANES][i % TILE_LANES];
         }
         tile_sum(s2 + r0, pairs);
         tile_quest(&tile);
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             float mean = s1[r0 + l] * 0.03125f;
             float var = s2[r0 + l] * 0.03125f - mean * mean;
             variance[r0 + l] = var < 0.0f ? 0.0f : var;
@@ -456,14 +456,14 @@ static void test_quant_random_numbers(Rotation rotation, Rounding rounding, cons
 // a factor: 6 roundings, relative to the norm of what they mix.
 
 static void test_quant_rotation(void) {
-    const int rows = LANES;
+    const int rows = TILE_LANES;
     uint64_t state = 6;
     Tile tile[2];
-    double x[2][GROUP][LANES], dot[LANES], norm[2][LANES];
+    double x[2][GROUP][TILE_LANES], dot[TILE_LANES], norm[2][TILE_LANES];
     memset(dot, 0, sizeof dot);
     memset(norm, 0, sizeof norm);
-    for (int i = 0; i < GROUP * LANES; i++) {
-        int k = i / LANES, l = i % LANES;
+    for (int i = 0; i < GROUP * TILE_LANES; i++) {
+        int k = i / TILE_LANES, l = i % TILE_LANES;
         for (int s = 0; s < 2; s++) {
             tile[s].v[k][l] = (float)(test_normal(&state) * ldexp(1.0, l - 8));
             x[s][k][l] = (double)tile[s].v[k][l];
@@ -475,16 +475,16 @@ static void test_quant_rotation(void) {
         tile_flip_signs(&tile[s], 0xDEADBEEFu);
         tile_hadamard(&tile[s]);
     }
-    float products[LANES], restored[GROUP * LANES], group[GROUP];
-    for (int l = 0; l < LANES; l++) {
+    float products[TILE_LANES], restored[GROUP * TILE_LANES], group[GROUP];
+    for (int l = 0; l < TILE_LANES; l++) {
         double sum = 0.0;
         for (int k = 0; k < GROUP; k++) {
             sum += (double)tile[0].v[k][l] * (double)tile[1].v[k][l];
         }
         products[l] = (float)sum;
     }
-    Near near = near_f32(products, LANES);
-    for (int l = 0; l < LANES; l++) {
+    Near near = near_f32(products, TILE_LANES);
+    for (int l = 0; l < TILE_LANES; l++) {
         near_want(&near, (size_t)l, dot[l], sqrt(norm[0][l] * norm[1][l]), 12.0);
     }
     near_expect(&near, "a product of two rotated rows");
@@ -505,9 +505,9 @@ static void test_quant_rotation(void) {
             }
         }
         expect(same, "unrotate and the rotation differ in a bit");
-        near = near_f32(&tile[s].v[0][0], GROUP * LANES);
-        for (int i = 0; i < GROUP * LANES; i++) {
-            near_want(&near, (size_t)i, x[s][i / LANES][i % LANES], sqrt(norm[s][i % LANES]), 12.0);
+        near = near_f32(&tile[s].v[0][0], GROUP * TILE_LANES);
+        for (int i = 0; i < GROUP * TILE_LANES; i++) {
+            near_want(&near, (size_t)i, x[s][i / TILE_LANES][i % TILE_LANES], sqrt(norm[s][i % TILE_LANES]), 12.0);
         }
         near_expect(&near, "H H x");
     }

@@ -25,7 +25,7 @@ part() {
         tail -n 30 "$log" | sed 's/^/    /'
     else
         passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2])) skipped=$((skipped + ${BASH_REMATCH[4]:-0}))
-        if [ "${BASH_REMATCH[2]}" -gt 0 ]; then grep -A 2 'FAIL' "$log" | head -n 60
+        if [ "${BASH_REMATCH[2]}" -gt 0 ]; then awk '/FAIL/ || (shown && /^ /) { print; shown = 1; next } { shown = 0 }' "$log" | head -n 60
         elif [ $code -ne 0 ]; then failed=$((failed + 1)); line="$line, but exit code $code"; tail -n 30 "$log" | sed 's/^/    /'; fi
         grep '^skip' "$log"
     fi
@@ -47,8 +47,7 @@ fp32=$(make_variable "${arguments[@]}" PRECISION=FP32)
 sanitize=0
 for argument in "${arguments[@]}"; do [ "$argument" != SAN=1 ] || sanitize=1; done
 if [ $sanitize -eq 1 ]; then
-    # Leaks are not looked for: the program leaves its few allocations of the whole run to the system when it ends.
-    export ASAN_OPTIONS=halt_on_error=1:abort_on_error=0:exitcode=99:detect_leaks=0
+    export ASAN_OPTIONS=halt_on_error=1:exitcode=99:detect_leaks=1
     export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:exitcode=99
 fi
 export OMP_WAIT_POLICY=passive     # idle threads do not spin: other work may share the cores

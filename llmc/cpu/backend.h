@@ -20,6 +20,19 @@ static size_t cpu_scratch_bytes(OperandSizes largest, AttentionShape shape, int 
 // measured: the binary with libc and OpenMP, and OpenBLAS's packing buffers, of which each thread touches a part
 static size_t cpu_program_bytes(int threads) { return ((size_t)12 << 20) + ((size_t)threads * 5 << 20); }
 
+static double cpu_peak_flops(void) { return 0.0; }  // unknown: --bench measures what BLAS reaches
+
+#ifdef _OPENMP
+#include <omp.h>
+static int cpu_threads(void) { return omp_get_max_threads(); }
+static void cpu_set_threads(int n) { omp_set_num_threads(n); }
+#else
+static int cpu_threads(void) { return 1; }
+static void cpu_set_threads(int n) { (void)n; }
+#endif
+
+static void cpu_describe(char* buffer, size_t bytes) { snprintf(buffer, bytes, "%d threads, BLAS %s", cpu_threads(), CPU_BLAS_NAME); }
+
 static const Ops CPU_OPS = {
     .name = "cpu",
     .alloc = cpu_alloc,
@@ -31,6 +44,8 @@ static const Ops CPU_OPS = {
     .reserve = cpu_reserve,
     .scratch_bytes = cpu_scratch_bytes,
     .program_bytes = cpu_program_bytes,
+    .peak_flops = cpu_peak_flops,
+    .describe = cpu_describe,
     .embedding_forward = cpu_embedding_forward,
     .embedding_backward = cpu_embedding_backward,
     .rmsnorm_forward = cpu_rmsnorm_forward,

@@ -9,26 +9,26 @@
 //   A group with a NaN or an infinity (quest: or whose squares overflow) gets the NaN scale 255, codes 0 and mask 0, so that the
 //   fault reaches the loss and the step is skipped instead of being trained on.
 //
-// A tile is one rotation block (32 values along K) of LANES rows, value-major: every loop over lanes is one vector operation.
+// A tile is one rotation block (32 values along K) of TILE_LANES rows, value-major: every loop over lanes is one vector operation.
 #pragma once
 #include "../ops.h"
 
-#define LANES 16
+#define TILE_LANES 16
 
 #define HADAMARD_SCALE 0.17677669529663687f          // 1/sqrt(32)
 #define QUEST_SCALE ((float)(2.92247856 / 6.0))      // MSE-optimal clipping of a Gaussian for E2M1, over its largest value
 #define QUEST_EPSILON 1e-8f
 
 typedef struct {
-    float v[GROUP][LANES];
-    uint32_t code[GROUP][LANES];
-    uint32_t scale[LANES], mask[LANES];
+    float v[GROUP][TILE_LANES];
+    uint32_t code[GROUP][TILE_LANES];
+    uint32_t scale[TILE_LANES], mask[TILE_LANES];
 } Tile;
 
 // rows r0 .. r0+lanes-1, columns c0 .. c0+31 of the operand; lanes past the end are zero
 static void tile_load(Tile* tile, const QuantizeArgs* args, int r0, int c0, int lanes) {
     int rows = args->out->rows, cols = args->out->cols;
-    if (lanes < LANES) {
+    if (lanes < TILE_LANES) {
         memset(tile->v, 0, sizeof tile->v);
     }
     if (args->spec.source == SOURCE_SAVED) {  // the source is (cols, rows): its row is our column
@@ -38,8 +38,8 @@ static void tile_load(Tile* tile, const QuantizeArgs* args, int r0, int c0, int 
             uint32_t codes[2];  // of all 16 lanes: the source's columns are a multiple of 32
             memcpy(codes, args->saved->codes + i / 2, sizeof codes);
 #pragma omp simd
-            for (int l = 0; l < LANES; l++) {
-                uint32_t word = l < LANES / 2 ? codes[0] : codes[1];
+            for (int l = 0; l < TILE_LANES; l++) {
+                uint32_t word = l < TILE_LANES / 2 ? codes[0] : codes[1];
                 tile->v[k][l] = e2m1_to_f32(word >> (4 * l & 31) & 15u) * scale;
             }
         }
@@ -66,7 +66,7 @@ static void tile_hadamard(Tile* tile) {
         for (int k = 0; k < GROUP; k++) {
             if (!(k & h)) {
                 float *a = tile->v[k], *b = tile->v[k + h];
-                for (int l = 0; l < LANES; l++) {
+                for (int l = 0; l < TILE_LANES; l++) {
                     float sum = a[l] + b[l], difference = a[l] - b[l];
                     a[l] = sum;
                     b[l] = difference;
@@ -75,7 +75,7 @@ static void tile_hadamard(Tile* tile) {
         }
     }
     for (int k = 0; k < GROUP; k++) {
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             tile->v[k][l] *= HADAMARD_SCALE;
         }
     }
@@ -84,35 +84,35 @@ static void tile_hadamard(Tile* tile) {
 static void tile_flip_signs(Tile* tile, uint32_t word) {
     for (int k = 0; k < GROUP; k++) {
         uint32_t flip = (word >> k & 1u) << 31;
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             tile->v[k][l] = f32_from_bits(f32_bits(tile->v[k][l]) ^ flip);
         }
     }
 }
 
 // sum over the 32 values by adjacent pairs
-static void tile_sum(float* sum, float pairs[GROUP][LANES]) {
+static void tile_sum(float* sum, float pairs[GROUP][TILE_LANES]) {
     for (int h = 1; h < GROUP; h *= 2) {
         for (int k = 0; k < GROUP; k += 2 * h) {
-            for (int l = 0; l < LANES; l++) {
+            for (int l = 0; l < TILE_LANES; l++) {
                 pairs[k][l] += pairs[k + h][l];
             }
         }
     }
-    memcpy(sum, pairs[0], sizeof(float) * LANES);
+    memcpy(sum, pairs[0], sizeof(float) * TILE_LANES);
 }
 
 static void tile_quest(Tile* tile) {
-    float pairs[GROUP][LANES], s1[LANES], s2[LANES], inverse[LANES];
+    float pairs[GROUP][TILE_LANES], s1[TILE_LANES], s2[TILE_LANES], inverse[TILE_LANES];
     memcpy(pairs, tile->v, sizeof pairs);
     tile_sum(s1, pairs);
     for (int k = 0; k < GROUP; k++) {
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             pairs[k][l] = tile->v[k][l] * tile->v[k][l];
         }
     }
     tile_sum(s2, pairs);
-    for (int l = 0; l < LANES; l++) {
+    for (int l = 0; l < TILE_LANES; l++) {
         float mean = s1[l] * 0.03125f;
         float variance = s2[l] * 0.03125f - mean * mean;
         variance = variance < 0.0f ? 0.0f : variance;
@@ -123,7 +123,7 @@ static void tile_quest(Tile* tile) {
         tile->mask[l] = 0;
     }
     for (int k = 0; k < GROUP; k++) {
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             float x = tile->v[k][l] * inverse[l];
             uint32_t broken = tile->scale[l] == UE8M0_NAN;
             uint32_t code = f32_to_e2m1(x);
@@ -136,22 +136,22 @@ static void tile_quest(Tile* tile) {
 
 // 3/4 x/s of every value, in place; scales of the lanes
 static void tile_absmax_scale(Tile* tile) {
-    uint32_t largest[LANES] = {0};
+    uint32_t largest[TILE_LANES] = {0};
     for (int k = 0; k < GROUP; k++) {
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             uint32_t magnitude = f32_bits(tile->v[k][l]) & 0x7fffffffu;  // orders like the value; NaN above infinity
             largest[l] = magnitude > largest[l] ? magnitude : largest[l];
         }
     }
-    float inverse[LANES];
-    for (int l = 0; l < LANES; l++) {
+    float inverse[TILE_LANES];
+    for (int l = 0; l < TILE_LANES; l++) {
         int exponent = f32_biased_exponent(f32_from_bits(largest[l])) - 2;
         uint32_t byte = largest[l] == 0 || exponent < 0 ? 0u : (uint32_t)exponent;
         tile->scale[l] = largest[l] >= 0x7f800000u ? UE8M0_NAN : byte;
         inverse[l] = f32_from_bits((254u - byte) << 23);
     }
     for (int k = 0; k < GROUP; k++) {
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             tile->v[k][l] = tile->v[k][l] * inverse[l] * 0.75f;
         }
     }
@@ -159,7 +159,7 @@ static void tile_absmax_scale(Tile* tile) {
 
 static void tile_absmax_nearest(Tile* tile) {
     for (int k = 0; k < GROUP; k++) {
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             uint32_t code = f32_to_e2m1(tile->v[k][l]);
             tile->code[k][l] = tile->scale[l] == UE8M0_NAN ? 0u : code;
         }
@@ -169,14 +169,14 @@ static void tile_absmax_nearest(Tile* tile) {
 // lanes past the end draw numbers, too, and are not stored
 static void tile_absmax_stochastic(Tile* tile, const QuantizeArgs* args, int r0, int c0) {
     for (int k = 0; k < GROUP; k += 8) {
-        uint32_t words[4][LANES];
-        for (int l = 0; l < LANES; l++) {
+        uint32_t words[4][TILE_LANES];
+        for (int l = 0; l < TILE_LANES; l++) {
             uint64_t element = (uint64_t)(r0 + l) * (uint64_t)args->out->cols + (uint64_t)(c0 + k);
             Philox random = philox(args->seed, args->round_index + element / 8, args->round_stream);
             words[0][l] = random.w[0], words[1][l] = random.w[1], words[2][l] = random.w[2], words[3][l] = random.w[3];
         }
         for (int j = 0; j < 8; j++) {
-            for (int l = 0; l < LANES; l++) {
+            for (int l = 0; l < TILE_LANES; l++) {
                 uint32_t bits = words[j / 2][l] >> (j % 2 * 16) & 0xffffu;
                 uint32_t code = f32_to_e2m1_stochastic(tile->v[k + j][l], bits);
                 tile->code[k + j][l] = tile->scale[l] == UE8M0_NAN ? 0u : code;
@@ -186,9 +186,9 @@ static void tile_absmax_stochastic(Tile* tile, const QuantizeArgs* args, int r0,
 }
 
 static void tile_store(const Tile* tile, QTensor* out, int r0, int c0, int lanes) {
-    uint8_t packed[GROUP / 2][LANES];
+    uint8_t packed[GROUP / 2][TILE_LANES];
     for (int k = 0; k < GROUP / 2; k++) {
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < TILE_LANES; l++) {
             packed[k][l] = (uint8_t)(tile->code[2 * k][l] | tile->code[2 * k + 1][l] << 4);
         }
     }
@@ -206,7 +206,7 @@ static void tile_store(const Tile* tile, QTensor* out, int r0, int c0, int lanes
 }
 
 // reference is the rotated input; the tile holds codes and scales
-static void tile_stats(QuantStats* stats, const Tile* tile, float reference[GROUP][LANES], float owed, int lanes) {
+static void tile_stats(QuantStats* stats, const Tile* tile, float reference[GROUP][TILE_LANES], float owed, int lanes) {
     double error_sq = 0, input_sq = 0, clipped = 0, zero = 0;
     for (int k = 0; k < GROUP; k++) {
         for (int l = 0; l < lanes; l++) {
@@ -236,7 +236,7 @@ static int cpu_quantize_supports(const QuantSpec* spec) {
 
 static void quantize_tile(const QuantizeArgs* args, int r0, int c0) {
     QTensor* out = args->out;
-    int lanes = min_int(LANES, out->rows - r0);
+    int lanes = min_int(TILE_LANES, out->rows - r0);
     Tile tile;
     tile_load(&tile, args, r0, c0, lanes);
     if (args->spec.rotation == ROTATE_SIGNED) {
@@ -245,7 +245,7 @@ static void quantize_tile(const QuantizeArgs* args, int r0, int c0) {
     if (args->spec.rotation != ROTATE_NONE) {
         tile_hadamard(&tile);
     }
-    float reference[GROUP][LANES];
+    float reference[GROUP][TILE_LANES];
     if (args->stats) {
         memcpy(reference, tile.v, sizeof reference);
     }
@@ -285,13 +285,13 @@ static void cpu_quantize(const QuantizeArgs* args) {
               "internal: the saved operand is not (%d, %d)", out->cols, out->rows);
     }
     // strips of rows, so that a source that is read across its rows uses whole cache lines
-    const int strip_rows = 8 * LANES;
+    const int strip_rows = 8 * TILE_LANES;
     int strips = (int)ceil_div(out->rows, strip_rows), blocks = out->cols / GROUP;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int strip = 0; strip < strips; strip++) {
         for (int block = 0; block < blocks; block++) {
             int end = min_int(out->rows, (strip + 1) * strip_rows);
-            for (int r0 = strip * strip_rows; r0 < end; r0 += LANES) {
+            for (int r0 = strip * strip_rows; r0 < end; r0 += TILE_LANES) {
                 quantize_tile(args, r0, block * GROUP);
             }
         }
@@ -302,7 +302,7 @@ static void cpu_quantize(const QuantizeArgs* args) {
 static void unrotate_tile(void* x, OutType type, const uint32_t* mask, int r0, int c0, int cols, int lanes) {
     Tile tile;
     float line[GROUP];
-    if (lanes < LANES) {
+    if (lanes < TILE_LANES) {
         memset(tile.v, 0, sizeof tile.v);
     }
     for (int l = 0; l < lanes; l++) {
@@ -333,11 +333,11 @@ static void unrotate_tile(void* x, OutType type, const uint32_t* mask, int r0, i
 }
 
 static void unrotate_all(void* x, OutType type, const uint32_t* mask, int rows, int cols) {
-    int tiles = (int)ceil_div(rows, LANES), blocks = cols / GROUP;
+    int tiles = (int)ceil_div(rows, TILE_LANES), blocks = cols / GROUP;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int tile = 0; tile < tiles; tile++) {
         for (int block = 0; block < blocks; block++) {
-            unrotate_tile(x, type, mask, tile * LANES, block * GROUP, cols, min_int(LANES, rows - tile * LANES));
+            unrotate_tile(x, type, mask, tile * TILE_LANES, block * GROUP, cols, min_int(TILE_LANES, rows - tile * TILE_LANES));
         }
     }
 }

@@ -1,10 +1,144 @@
-// cuda/backend.cuh: the CUDA backend's entry. Its operations are not written yet: --device cuda says so and ends with exit code 69,
-// --device auto takes the CPU and prints that.
+// cuda/backend.cuh: the CUDA device and its table of operations.
 #pragma once
-#include "../ops.h"
+#include "attention.cuh"
+#include "classifier.cuh"
+#include "common.cuh"
+#include "elementwise.cuh"
+#include "embedding.cuh"
+#include "gemm.cuh"
+#include "optimizer.cuh"
+#include "rmsnorm.cuh"
 
 // How many GPUs the driver shows; 0 where there is none or no driver
 static int cuda_device_count(void) {
     int count = 0;
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+// Dense bf16 tensor-core peaks with f32 accumulation in TFLOP/s, from the vendor's datasheets, by a part of the device's name. The longer
+// names stand first.
+static const struct { const char* name; double tflops; } GPU_PEAKS[] = {
+    {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H200", 989}, {"GH200", 989}, {"H20", 148}, {"B200", 2250}, {"B300", 2250},
+    {"GB200", 2250}, {"A100", 312}, {"A800", 312}, {"A40", 150}, {"A10", 125}, {"L40S", 362}, {"L40", 181}, {"L4", 121},
+    {"RTX 5090", 209.5}, {"RTX 5080", 112.6}, {"RTX 4090", 165.2}, {"RTX 4080", 97.5}, {"RTX 3090", 71}, {"RTX A6000", 155},
+    {"RTX 6000 Ada", 364},
+};
+
+static double cuda_peak_flops(void) {
+    for (size_t i = 0; i < sizeof GPU_PEAKS / sizeof GPU_PEAKS[0]; i++) {
+        if (strstr(gpu.name, GPU_PEAKS[i].name)) {
+            return GPU_PEAKS[i].tflops * 1e12;
+        }
+    }
+    return 0.0;
+}
+
+static void* cuda_alloc(size_t bytes, const char* what) {
+    void* memory = NULL;
+    cudaError_t error = cudaMalloc(&memory, bytes ? bytes : 1);
+    if (error == cudaErrorMemoryAllocation) {
+        size_t available = 0, total = 0;
+        cudaMemGetInfo(&available, &total);
+        die(EXIT_NO_MEMORY, "out of GPU memory: %.0f MiB for %s, %.0f of %.0f MiB are free; a smaller --batch-size needs less, --plan shows "
+            "what takes it", (double)bytes / 1048576.0, what, (double)available / 1048576.0, (double)total / 1048576.0);
+    }
+    cuda_check(error);
+    cuda_check(cudaMemsetAsync(memory, 0, bytes, gpu.stream));
+    return memory;
+}
+
+static void cuda_release(void* memory) { cuda_check(cudaFree(memory)); }
+static void cuda_zero(void* memory, size_t bytes) { cuda_check(cudaMemsetAsync(memory, 0, bytes, gpu.stream)); }
+static void cuda_copy_to_device(void* device, const void* host, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, gpu.stream));
+}
+static void cuda_copy_to_host(void* host, const void* device, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream));
+    cuda_check(cudaStreamSynchronize(gpu.stream));
+}
+static void cuda_synchronize(void) { cuda_check(cudaStreamSynchronize(gpu.stream)); }
+
+static size_t cuda_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
+    (void)largest;
+    (void)threads;
+    return GEMM_WORKSPACE + CUDA_PARTIALS * sizeof(float) + cuda_attention_scratch_bytes(shape);
+}
+// measured on an H200 with driver 580: the context, cuBLASLt's kernels and this program's
+static size_t cuda_program_bytes(int threads) {
+    (void)threads;
+    return (size_t)600 << 20;
+}
+
+static int cuda_quantize_supports(const QuantSpec* spec) {
+    return spec->format == FORMAT_FLOATX && spec->scale == SCALE_NONE && spec->rotation == ROTATE_NONE;
+}
+static void cuda_quantize(const QuantizeArgs*) { die(EXIT_UNEXPECTED, "internal: no quantizer on CUDA yet"); }
+static void cuda_unrotate(floatX*, const uint32_t*, int, int) { die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet"); }
+static void cuda_unrotate_f32(float*, const uint32_t*, int, int) { die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet"); }
+
+// scratch of attention for a model's shape; before the first step
+static void cuda_reserve(AttentionShape shape) {
+    embedding_sort_reserve(shape.B * shape.T);
+    cuda_attention_init(cuda_alloc(cuda_attention_scratch_bytes(shape), "attention scratch"));
+}
+
+static void cuda_describe(char* buffer, size_t bytes) {
+    snprintf(buffer, bytes, "GPU %d, %s, %.0f GiB", gpu.device, gpu.name, (double)gpu.memory_bytes / 1073741824.0);
+}
+
+static const Ops CUDA_OPS = {
+    .name = "cuda",
+    .alloc = cuda_alloc,
+    .release = cuda_release,
+    .zero = cuda_zero,
+    .copy_to_device = cuda_copy_to_device,
+    .copy_to_host = cuda_copy_to_host,
+    .synchronize = cuda_synchronize,
+    .reserve = cuda_reserve,
+    .scratch_bytes = cuda_scratch_bytes,
+    .program_bytes = cuda_program_bytes,
+    .peak_flops = cuda_peak_flops,
+    .describe = cuda_describe,
+    .embedding_forward = cuda_embedding_forward,
+    .embedding_backward = cuda_embedding_backward,
+    .rmsnorm_forward = cuda_rmsnorm_forward,
+    .add_rmsnorm_forward = cuda_add_rmsnorm_forward,
+    .rmsnorm_backward = cuda_rmsnorm_backward,
+    .add = cuda_add,
+    .rope = cuda_rope,
+    .attention_forward = cuda_attention_forward,
+    .attention_backward = cuda_attention_backward,
+    .attention_cached = cuda_attention_cached,
+    .swiglu_forward = cuda_swiglu_forward,
+    .swiglu_backward = cuda_swiglu_backward,
+    .crossentropy = cuda_crossentropy,
+    .quantize = cuda_quantize,
+    .quantize_supports = cuda_quantize_supports,
+    .gemm = cuda_gemm,
+    .unrotate = cuda_unrotate,
+    .unrotate_f32 = cuda_unrotate_f32,
+    .loss_sum = cuda_loss_sum,
+    .sum_squares = cuda_sum_squares,
+    .step_decide = cuda_step_decide,
+    .adamw = cuda_adamw,
+};
+
+static const Ops* cuda_backend(int device) {
+    struct cudaDeviceProp properties;
+    cuda_check(cudaSetDevice(device));
+    cuda_check(cudaGetDeviceProperties(&properties, device));
+    gpu.device = device;
+    gpu.sm_count = properties.multiProcessorCount;
+    gpu.major = properties.major;
+    gpu.minor = properties.minor;
+    gpu.memory_bytes = properties.totalGlobalMem;
+    snprintf(gpu.name, sizeof gpu.name, "%s", properties.name);
+    check_or(gpu.major >= 8, EXIT_NO_DEVICE, "GPU %d, %s, has compute capability %d.%d; 8.0 (Ampere) or newer is needed", device, gpu.name,
+             gpu.major, gpu.minor);
+    cuda_check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
+    blas_check(cublasLtCreate(&gpu.blas));
+    gpu.workspace_bytes = GEMM_WORKSPACE;
+    cuda_check(cudaMalloc(&gpu.workspace, GEMM_WORKSPACE));
+    cuda_check(cudaMalloc(&gpu.partial, CUDA_PARTIALS * sizeof(float)));
+    return &CUDA_OPS;
 }

@@ -51,9 +51,9 @@ __global__ void crossentropy_kernel(float* losses, floatX* logits, const int32_t
 
 static void cuda_crossentropy(float* losses, floatX* logits, const int32_t* targets, int rows, int V, float grad_scale, int with_grad) {
     if (V % VEC == 0) {
-        crossentropy_kernel<VEC><<<rows, CLASSIFIER_THREADS, 0, cuda.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
+        crossentropy_kernel<VEC><<<rows, CLASSIFIER_THREADS, 0, gpu.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
     } else {
-        crossentropy_kernel<1><<<rows, CLASSIFIER_THREADS, 0, cuda.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
+        crossentropy_kernel<1><<<rows, CLASSIFIER_THREADS, 0, gpu.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
     }
     cuda_check_launch();
 }

@@ -1,6 +1,6 @@
 // cuda/common.cuh: error checks, the one mutable global of the CUDA backend, 16-byte vectors, reductions.
 //
-// Every kernel is launched on cuda.stream; nothing here synchronizes but cuda_copy_to_host and cuda_synchronize. Kernels end in _kernel and
+// Every kernel is launched on gpu.stream; nothing here synchronizes but cuda_copy_to_host and cuda_synchronize. Kernels end in _kernel and
 // read and write 16 bytes a thread where they are bound by memory. Sums over threads have a fixed order: runs are bit-reproducible.
 #pragma once
 #include "../ops.h"
@@ -30,10 +30,10 @@ typedef struct {
     size_t workspace_bytes;
     float* partial;         // block partial sums, CUDA_PARTIALS floats
 } CudaContext;
-static CudaContext cuda;
+static CudaContext gpu;
 
 #define CUDA_PARTIALS (1 << 20)
-#define WARP 32
+#define WARP_LANES 32
 #define FULL_WARP 0xffffffffu
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ __device__ __forceinline__ floatX to_floatX(float x) {
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int offset = WARP / 2; offset; offset /= 2) {
+    for (int offset = WARP_LANES / 2; offset; offset /= 2) {
         x += __shfl_xor_sync(FULL_WARP, x, offset);
     }
     return x;
@@ -68,7 +68,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int offset = WARP / 2; offset; offset /= 2) {
+    for (int offset = WARP_LANES / 2; offset; offset /= 2) {
         x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
     }
     return x;
@@ -76,8 +76,8 @@ __device__ __forceinline__ float warp_max(float x) {
 
 // sum over the block, the same value in every thread; blockDim.x is a multiple of 32. Call it with all threads.
 __device__ __forceinline__ float block_sum(float x) {
-    __shared__ float sums[WARP];
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    __shared__ float sums[WARP_LANES];
+    int warp = threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES, warps = blockDim.x / WARP_LANES;
     x = warp_sum(x);
     __syncthreads();
     if (lane == 0) {
@@ -88,8 +88,8 @@ __device__ __forceinline__ float block_sum(float x) {
 }
 
 __device__ __forceinline__ float block_max(float x) {
-    __shared__ float largest[WARP];
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    __shared__ float largest[WARP_LANES];
+    int warp = threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES, warps = blockDim.x / WARP_LANES;
     x = warp_max(x);
     __syncthreads();
     if (lane == 0) {

@@ -21,9 +21,9 @@ __global__ void add_kernel(floatX* out, const floatX* a, const floatX* b, size_t
 
 static void cuda_add(floatX* out, const floatX* a, const floatX* b, size_t n) {
     if (n % VEC == 0) {
-        add_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, cuda.stream>>>(out, a, b, n);
+        add_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, gpu.stream>>>(out, a, b, n);
     } else {
-        add_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, cuda.stream>>>(out, a, b, n);
+        add_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, gpu.stream>>>(out, a, b, n);
     }
     cuda_check_launch();
 }
@@ -58,11 +58,11 @@ static void cuda_rope(floatX* qkv, const float* table, AttentionShape s, int fir
     float direction = inverse ? -1.0f : 1.0f;
     if (s.HS / 2 % VEC == 0) {
         size_t items = (size_t)BT * heads * (s.HS / 2 / VEC);
-        rope_kernel<VEC><<<element_blocks(items), ELEMENT_THREADS, 0, cuda.stream>>>(qkv, table, BT, s.T, heads, width, s.HS,
+        rope_kernel<VEC><<<element_blocks(items), ELEMENT_THREADS, 0, gpu.stream>>>(qkv, table, BT, s.T, heads, width, s.HS,
                                                                                     first_position, direction);
     } else {
         size_t items = (size_t)BT * heads * (s.HS / 2);
-        rope_kernel<1><<<element_blocks(items), ELEMENT_THREADS, 0, cuda.stream>>>(qkv, table, BT, s.T, heads, width, s.HS,
+        rope_kernel<1><<<element_blocks(items), ELEMENT_THREADS, 0, gpu.stream>>>(qkv, table, BT, s.T, heads, width, s.HS,
                                                                                   first_position, direction);
     }
     cuda_check_launch();
@@ -87,9 +87,9 @@ __global__ void swiglu_forward_kernel(floatX* out, const floatX* inp, size_t BT,
 static void cuda_swiglu_forward(floatX* out, const floatX* inp, int BT, int F) {
     size_t n = (size_t)BT * F;
     if (F % VEC == 0) {
-        swiglu_forward_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, cuda.stream>>>(out, inp, BT, F);
+        swiglu_forward_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, gpu.stream>>>(out, inp, BT, F);
     } else {
-        swiglu_forward_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, cuda.stream>>>(out, inp, BT, F);
+        swiglu_forward_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, gpu.stream>>>(out, inp, BT, F);
     }
     cuda_check_launch();
 }
@@ -116,9 +116,9 @@ __global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const f
 static void cuda_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int BT, int F) {
     size_t n = (size_t)BT * F;
     if (F % VEC == 0) {
-        swiglu_backward_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, cuda.stream>>>(dinp, dout, inp, BT, F);
+        swiglu_backward_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, BT, F);
     } else {
-        swiglu_backward_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, cuda.stream>>>(dinp, dout, inp, BT, F);
+        swiglu_backward_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, BT, F);
     }
     cuda_check_launch();
 }

@@ -9,13 +9,13 @@
 // one warp a row
 template <int N>
 __global__ void embedding_forward_kernel(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C) {
-    int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    int row = blockIdx.x * (blockDim.x / WARP_LANES) + threadIdx.x / WARP_LANES;
     if (row >= BT) {
         return;
     }
     const floatX* from = weight + (size_t)tokens[row] * C;
     floatX* to = out + (size_t)row * C;
-    for (int c = threadIdx.x % WARP * N; c < C; c += WARP * N) {
+    for (int c = threadIdx.x % WARP_LANES * N; c < C; c += WARP_LANES * N) {
         lanes_store(to + c, lanes_load<N>(from + c));
     }
 }
@@ -23,9 +23,9 @@ __global__ void embedding_forward_kernel(floatX* out, const int32_t* tokens, con
 static void cuda_embedding_forward(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C) {
     int blocks = (int)ceil_div(BT, 8);
     if (C % VEC == 0) {
-        embedding_forward_kernel<VEC><<<blocks, 256, 0, cuda.stream>>>(out, tokens, weight, BT, C);
+        embedding_forward_kernel<VEC><<<blocks, 256, 0, gpu.stream>>>(out, tokens, weight, BT, C);
     } else {
-        embedding_forward_kernel<1><<<blocks, 256, 0, cuda.stream>>>(out, tokens, weight, BT, C);
+        embedding_forward_kernel<1><<<blocks, 256, 0, gpu.stream>>>(out, tokens, weight, BT, C);
     }
     cuda_check_launch();
 }
@@ -78,7 +78,7 @@ static void embedding_sort_reserve(int BT) {
     cudaFree(embedding_sort.temporary);
     embedding_sort.temporary_bytes = 0;
     cuda_check(cub::DeviceRadixSort::SortPairs(NULL, embedding_sort.temporary_bytes, (const int32_t*)NULL, (int32_t*)NULL,
-                                               (const int32_t*)NULL, (int32_t*)NULL, BT, 0, 32, cuda.stream));
+                                               (const int32_t*)NULL, (int32_t*)NULL, BT, 0, 32, gpu.stream));
     cuda_check(cudaMalloc(&embedding_sort.sorted, sizeof(int32_t) * 3 * (size_t)BT));
     cuda_check(cudaMalloc(&embedding_sort.temporary, embedding_sort.temporary_bytes));
     embedding_sort.positions = embedding_sort.sorted + BT;
@@ -89,10 +89,10 @@ static void embedding_sort_reserve(int BT) {
 static void cuda_embedding_backward(float* dweight, const floatX* dout, const int32_t* tokens, int BT, int C) {
     EmbeddingSort* s = &embedding_sort;
     embedding_sort_reserve(BT);
-    positions_kernel<<<(int)ceil_div(BT, 256), 256, 0, cuda.stream>>>(s->unsorted_positions, BT);
+    positions_kernel<<<(int)ceil_div(BT, 256), 256, 0, gpu.stream>>>(s->unsorted_positions, BT);
     cuda_check(cub::DeviceRadixSort::SortPairs(s->temporary, s->temporary_bytes, tokens, s->sorted, s->unsorted_positions, s->positions, BT,
-                                               0, 32, cuda.stream));
+                                               0, 32, gpu.stream));
     dim3 grid(BT, (unsigned)ceil_div(C, 256));
-    embedding_backward_kernel<<<grid, 256, 0, cuda.stream>>>(dweight, dout, s->sorted, s->positions, BT, C);
+    embedding_backward_kernel<<<grid, 256, 0, gpu.stream>>>(dweight, dout, s->sorted, s->positions, BT, C);
     cuda_check_launch();
 }

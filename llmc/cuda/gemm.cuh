@@ -33,8 +33,8 @@ static cudaDataType_t gemm_floatX_type(void) { return sizeof(floatX) == 2 ? CUDA
 
 static cublasStatus_t gemm_run(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorithm, void* out, const GemmArgs* args) {
     float alpha = args->alpha * (args->a->owed * args->b->owed), beta = args->accumulate ? 1.0f : 0.0f;
-    return cublasLtMatmul(cuda.blas, plan->operation, &alpha, args->b->dense, plan->b, args->a->dense, plan->a, &beta, out, plan->out, out,
-                          plan->out, algorithm, cuda.workspace, cuda.workspace_bytes, cuda.stream);
+    return cublasLtMatmul(gpu.blas, plan->operation, &alpha, args->b->dense, plan->b, args->a->dense, plan->a, &beta, out, plan->out, out,
+                          plan->out, algorithm, gpu.workspace, gpu.workspace_bytes, gpu.stream);
 }
 
 // milliseconds of one run, the best of three; a candidate that fails takes forever
@@ -44,11 +44,11 @@ static float gemm_time(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorit
     cuda_check(cudaEventCreate(&begin));
     cuda_check(cudaEventCreate(&end));
     for (int i = 0; i < 4; i++) {
-        cuda_check(cudaEventRecord(begin, cuda.stream));
+        cuda_check(cudaEventRecord(begin, gpu.stream));
         if (gemm_run(plan, algorithm, out, args) != CUBLAS_STATUS_SUCCESS) {
             break;
         }
-        cuda_check(cudaEventRecord(end, cuda.stream));
+        cuda_check(cudaEventRecord(end, gpu.stream));
         cuda_check(cudaEventSynchronize(end));
         float ms;
         cuda_check(cudaEventElapsedTime(&ms, begin, end));
@@ -77,9 +77,9 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
     cublasLtMatmulHeuristicResult_t found[GEMM_CANDIDATES];
     int count = 0;
     blas_check(cublasLtMatmulPreferenceCreate(&preference));
-    blas_check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &cuda.workspace_bytes,
-                                                    sizeof cuda.workspace_bytes));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cuda.blas, plan->operation, plan->b, plan->a, plan->out, plan->out, preference,
+    blas_check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &gpu.workspace_bytes,
+                                                    sizeof gpu.workspace_bytes));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(gpu.blas, plan->operation, plan->b, plan->a, plan->out, plan->out, preference,
                                                            GEMM_CANDIDATES, found, &count);
     check(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt has no algorithm for a %d x %d x %d product", plan->key.M, plan->key.N,
           plan->key.K);
@@ -87,7 +87,7 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
     void* scratch = args->out;
     if (args->accumulate) {
         cuda_check(cudaMalloc(&scratch, (size_t)plan->key.M * plan->key.N * sizeof(float)));
-        cuda_check(cudaMemsetAsync(scratch, 0, (size_t)plan->key.M * plan->key.N * sizeof(float), cuda.stream));
+        cuda_check(cudaMemsetAsync(scratch, 0, (size_t)plan->key.M * plan->key.N * sizeof(float), gpu.stream));
     }
     float best = INFINITY;
     for (int i = 0; i < count; i++) {

@@ -53,10 +53,10 @@ __global__ void sum_finish_kernel(double* sum, const double* partial, int n, int
 }
 
 static void cuda_sum_squares(double* sum, const float* x, size_t n) {
-    double* partial = (double*)cuda.partial;
+    double* partial = (double*)gpu.partial;
     int blocks = (int)min_i64(SUM_BLOCKS, max_i64(1, ceil_div((int64_t)n, SUM_THREADS * 4)));
-    sum_squares_kernel<<<blocks, SUM_THREADS, 0, cuda.stream>>>(partial, x, n);
-    sum_finish_kernel<<<1, SUM_THREADS, 0, cuda.stream>>>(sum, partial, blocks, 0);
+    sum_squares_kernel<<<blocks, SUM_THREADS, 0, gpu.stream>>>(partial, x, n);
+    sum_finish_kernel<<<1, SUM_THREADS, 0, gpu.stream>>>(sum, partial, blocks, 0);
     cuda_check_launch();
 }
 
@@ -72,14 +72,14 @@ __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
 }
 
 static void cuda_loss_sum(double* sum, const float* losses, int n) {
-    loss_sum_kernel<<<1, SUM_THREADS, 0, cuda.stream>>>(sum, losses, n);
+    loss_sum_kernel<<<1, SUM_THREADS, 0, gpu.stream>>>(sum, losses, n);
     cuda_check_launch();
 }
 
 __global__ void step_decide_kernel(StepControl* control, float grad_clip) { step_decide(control, grad_clip); }
 
 static void cuda_step_decide(StepControl* control, float grad_clip) {
-    step_decide_kernel<<<1, 1, 0, cuda.stream>>>(control, grad_clip);
+    step_decide_kernel<<<1, 1, 0, gpu.stream>>>(control, grad_clip);
     cuda_check_launch();
 }
 
@@ -131,7 +131,7 @@ __global__ void adamw_kernel(floatX* param, float* master, float* first, float* 
 
 static void cuda_adamw(const AdamwArgs* a) {
     int blocks = (int)ceil_div((int64_t)ceil_div((int64_t)a->count, 4), 256);
-    adamw_kernel<<<blocks, 256, 0, cuda.stream>>>(a->param, a->master, a->m, a->v, a->grad, a->count, a->beta1, a->beta2, a->eps,
+    adamw_kernel<<<blocks, 256, 0, gpu.stream>>>(a->param, a->master, a->m, a->v, a->grad, a->count, a->beta1, a->beta2, a->eps,
                                                  a->weight_decay, a->control);
     cuda_check_launch();
 }

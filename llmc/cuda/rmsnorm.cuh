@@ -12,14 +12,14 @@
 template <int N>
 __global__ void rmsnorm_forward_kernel(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight,
                                        int BT, int C, float eps) {
-    int row = blockIdx.x * NORM_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int row = blockIdx.x * NORM_WARPS + threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES;
     if (row >= BT) {
         return;
     }
     const floatX *x = a + (size_t)row * C, *y = b ? b + (size_t)row * C : NULL;
     floatX* stored = b ? sum + (size_t)row * C : NULL;
     float squares = 0.0f;
-    for (int c = lane * N; c < C; c += WARP * N) {
+    for (int c = lane * N; c < C; c += WARP_LANES * N) {
         Lanes<N> v = lanes_load<N>(x + c);
         if (b) {
             Lanes<N> w = lanes_load<N>(y + c);
@@ -36,7 +36,7 @@ __global__ void rmsnorm_forward_kernel(floatX* sum, floatX* out, float* rstd, co
     }
     float r = rsqrtf(warp_sum(squares) / (float)C + eps);
     const floatX* again = b ? stored : x;
-    for (int c = lane * N; c < C; c += WARP * N) {
+    for (int c = lane * N; c < C; c += WARP_LANES * N) {
         Lanes<N> v = lanes_load<N>(again + c), w = lanes_load<N>(weight + c), o;
 #pragma unroll
         for (int i = 0; i < N; i++) {
@@ -51,11 +51,11 @@ __global__ void rmsnorm_forward_kernel(floatX* sum, floatX* out, float* rstd, co
 
 static void rmsnorm_forward_launch(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight, int BT,
                                    int C, float eps) {
-    int blocks = (int)ceil_div(BT, NORM_WARPS), threads = NORM_WARPS * WARP;
+    int blocks = (int)ceil_div(BT, NORM_WARPS), threads = NORM_WARPS * WARP_LANES;
     if (C % VEC == 0) {
-        rmsnorm_forward_kernel<VEC><<<blocks, threads, 0, cuda.stream>>>(sum, out, rstd, a, b, weight, BT, C, eps);
+        rmsnorm_forward_kernel<VEC><<<blocks, threads, 0, gpu.stream>>>(sum, out, rstd, a, b, weight, BT, C, eps);
     } else {
-        rmsnorm_forward_kernel<1><<<blocks, threads, 0, cuda.stream>>>(sum, out, rstd, a, b, weight, BT, C, eps);
+        rmsnorm_forward_kernel<1><<<blocks, threads, 0, gpu.stream>>>(sum, out, rstd, a, b, weight, BT, C, eps);
     }
     cuda_check_launch();
 }
@@ -72,13 +72,13 @@ static void cuda_add_rmsnorm_forward(floatX* sum, floatX* out, float* rstd, cons
 template <int N>
 __global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* dresidual, const floatX* inp, const floatX* weight,
                                         const float* rstd, int BT, int C) {
-    int row = blockIdx.x * NORM_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int row = blockIdx.x * NORM_WARPS + threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES;
     if (row >= BT) {
         return;
     }
     size_t first = (size_t)row * C;
     float dot = 0.0f, r = rstd[row];
-    for (int c = lane * N; c < C; c += WARP * N) {
+    for (int c = lane * N; c < C; c += WARP_LANES * N) {
         Lanes<N> dy = lanes_load<N>(dout + first + c), x = lanes_load<N>(inp + first + c), w = lanes_load<N>(weight + c);
 #pragma unroll
         for (int i = 0; i < N; i++) {
@@ -86,7 +86,7 @@ __global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const 
         }
     }
     float along = warp_sum(dot) / (float)C * r * r;
-    for (int c = lane * N; c < C; c += WARP * N) {
+    for (int c = lane * N; c < C; c += WARP_LANES * N) {
         Lanes<N> dy = lanes_load<N>(dout + first + c), x = lanes_load<N>(inp + first + c), w = lanes_load<N>(weight + c), o;
         Lanes<N> residual = dresidual ? lanes_load<N>(dresidual + first + c) : dy;
 #pragma unroll
@@ -127,14 +127,14 @@ __global__ void rmsnorm_dweight_finish_kernel(float* dweight, const float* parti
 
 static void cuda_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual, const floatX* inp,
                                   const floatX* weight, const float* rstd, int BT, int C) {
-    int columns = (int)ceil_div(C, 128), parts = max_int(1, min_int(min_int(BT, CUDA_PARTIALS / C), 16 * cuda.sm_count / columns));
-    rmsnorm_dweight_kernel<<<dim3((unsigned)columns, (unsigned)parts), 128, 0, cuda.stream>>>(cuda.partial, dout, inp, rstd, BT, C);
-    rmsnorm_dweight_finish_kernel<<<columns, 128, 0, cuda.stream>>>(dweight, cuda.partial, parts, C);
-    int blocks = (int)ceil_div(BT, NORM_WARPS), threads = NORM_WARPS * WARP;
+    int columns = (int)ceil_div(C, 128), parts = max_int(1, min_int(min_int(BT, CUDA_PARTIALS / C), 16 * gpu.sm_count / columns));
+    rmsnorm_dweight_kernel<<<dim3((unsigned)columns, (unsigned)parts), 128, 0, gpu.stream>>>(gpu.partial, dout, inp, rstd, BT, C);
+    rmsnorm_dweight_finish_kernel<<<columns, 128, 0, gpu.stream>>>(dweight, gpu.partial, parts, C);
+    int blocks = (int)ceil_div(BT, NORM_WARPS), threads = NORM_WARPS * WARP_LANES;
     if (C % VEC == 0) {
-        rmsnorm_backward_kernel<VEC><<<blocks, threads, 0, cuda.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
+        rmsnorm_backward_kernel<VEC><<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
     } else {
-        rmsnorm_backward_kernel<1><<<blocks, threads, 0, cuda.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
+        rmsnorm_backward_kernel<1><<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
     }
     cuda_check_launch();
 }

@@ -1,0 +1,399 @@
+// cuda/attention_forward.cuh: causal attention forward on tensor cores (FlashAttention-2, Dao 2023; on sm_90a as in FlashAttention-3, Shah et al. 2024).
+//
+// A block owns ROWS queries of one head and walks over the tiles of COLS keys that they see, from the diagonal back to key 0:
+//   S = Q K^T;  m' = max(m, max S);  P = exp(scale (S - m'));  l = l exp(scale (m - m')) + sum P;  O = O exp(scale (m - m')) + P V
+// and in the end out = O / l, lse = scale m + ln l. Exponentials are powers of two: scale is scale_log2 = log2(e) / sqrt(HS). Only
+// the first tile holds the diagonal and needs a mask; keys past T are masked by causality, queries past T are not written.
+//   mma.sync   8 warps x 16 queries; tiles of 64 keys, K and V double-buffered by cp.async; 96 KB at HS 128, so sm_86, 89 and 120 fit
+//   wgmma      one warpgroup feeds a ring of K and V tiles of 128 keys through the copy engine, 2 (HS 128) or 3 (HS 64) warpgroups
+//              compute 64 queries each. S of the next tile is multiplied while P V of the last one runs, and the warpgroups cover each
+//              other's exponentials. Blocks stay on their SM and take tile after tile: the next Q, K, V arrive during the last output.
+#pragma once
+#include "attention_tiles.cuh"
+#ifndef PRECISION_FP32
+
+// ---------------------------------------------------------------------------------------------------------------------
+// mma.sync
+
+#define MMA_ROWS 128
+#define MMA_THREADS 256
+#define FORWARD_MMA_COLS 64
+
+template <int HS>
+static size_t forward_mma_bytes(void) { return sizeof(floatX) * HS * (MMA_ROWS + 4 * FORWARD_MMA_COLS); }
+
+template <int HS>
+__global__ void __launch_bounds__(MMA_THREADS, HS == 64 ? 2 : 1)
+attention_forward_mma_kernel(floatX* out, float* lse, const floatX* qkv, AttentionShape s, TileOrder order, float scale_log2) {
+    const int COLS = FORWARD_MMA_COLS;
+    extern __shared__ __align__(1024) unsigned char attention_memory[];
+    uint32_t q_tile = shared_address(attention_memory), k_tile = q_tile + MMA_ROWS * HS * 2, v_tile = k_tile + 2 * COLS * HS * 2;
+    int rank, head, width = (s.NH + 2 * s.NKV) * HS, lane = threadIdx.x % WARP_LANES, warp = threadIdx.x / WARP_LANES;
+    tile_decode(order, blockIdx.x, &rank, &head);
+    int row0 = (order.row_tiles - 1 - rank) * MMA_ROWS, b = head / s.NH, h = head % s.NH, kv = h / (s.NH / s.NKV);
+    const floatX* base = qkv + (size_t)b * s.T * width;
+    const floatX *q = base + (size_t)h * HS, *k = base + (size_t)(s.NH + kv) * HS, *v = base + (size_t)(s.NH + s.NKV + kv) * HS;
+
+    int tile = (min(row0 + MMA_ROWS, s.T) - 1) / COLS, stage = 0;
+    tile_copy<HS, MMA_ROWS, MMA_THREADS>(q_tile, q, width, row0, s.T);
+    tile_copy<HS, COLS, MMA_THREADS>(k_tile, k, width, tile * COLS, s.T);
+    tile_copy<HS, COLS, MMA_THREADS>(v_tile, v, width, tile * COLS, s.T);
+    copies_commit();
+
+    float o[HS / 2], scores[COLS / 2], largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, correction[2];
+    uint32_t p[COLS / 4];
+    fragment_zero<HS>(o);
+    int row = row0 + warp * 16;  // the first of this warp
+    for (; tile >= 0; tile--, stage ^= 1) {
+        copies_wait<0>();
+        __syncthreads();  // this tile is here, and nobody reads the other stage any more
+        if (tile > 0) {
+            tile_copy<HS, COLS, MMA_THREADS>(k_tile + (stage ^ 1) * COLS * HS * 2, k, width, (tile - 1) * COLS, s.T);
+            tile_copy<HS, COLS, MMA_THREADS>(v_tile + (stage ^ 1) * COLS * HS * 2, v, width, (tile - 1) * COLS, s.T);
+        }
+        copies_commit();
+        if (tile * COLS > row + 15) {
+            continue;  // wholly after these queries
+        }
+        warp_product_transposed<COLS, HS>(scores, q_tile, warp * 16, k_tile + stage * COLS * HS * 2);
+        if (tile * COLS + COLS - 1 > row) {
+            scores_mask<COLS>(scores, row + lane / 4, tile * COLS + lane % 4 * 2);
+        }
+        softmax_step<COLS>(scores, largest, sum, correction, scale_log2);
+        fragment_pack<COLS>(p, scores);
+        fragment_scale<HS>(o, correction[0], correction[1]);
+        warp_product<COLS, HS>(o, p, v_tile + stage * COLS * HS * 2);
+    }
+    row += lane / 4;
+    sum[0] = quad_sum(sum[0]);
+    sum[1] = quad_sum(sum[1]);
+    fragment_store<HS>(out + (size_t)b * s.T * s.NH * HS + (size_t)h * HS, s.NH * HS, o, 1.0f / sum[0], 1.0f / sum[1], row, s.T);
+    for (int r = 0; r < 2; r++) {
+        if (lane % 4 == 0 && row + 8 * r < s.T) {
+            lse[(size_t)head * s.T + row + 8 * r] = (largest[r] * scale_log2 + log2f(sum[r])) / LOG2E;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// wgmma
+
+template <int HS>
+struct ForwardTile {
+    static constexpr int GROUPS = HS == 64 ? 3 : 2, ROWS = 64 * GROUPS, COLS = 128, STAGES = HS == 64 ? 3 : 2;
+#ifndef ORDERED_FORWARD
+#define ORDERED_FORWARD 0
+#endif
+    static constexpr int ORDERED = GROUPS == 2 && ORDERED_FORWARD;
+    static constexpr int THREADS = WARPGROUP * (GROUPS + 1);
+    static constexpr int Q_BYTES = ROWS * HS * 2, KV_BYTES = COLS * HS * 2;  // out is staged in as much as Q
+    static constexpr int BARRIERS = 4 + 4 * STAGES;
+    static constexpr int BYTES = 3 * Q_BYTES + 2 * STAGES * KV_BYTES + BARRIERS * 8 + 1024;  // 1024: to align
+};
+
+// Shared memory of a block: two Q, rings of K and V, staging of out; barriers full[i] (the data has come) and empty[i] (all
+// consumer warps have read it)
+typedef struct {
+    uint32_t q, k, v, staging;
+    uint32_t q_full, q_empty, k_full, k_empty, v_full, v_empty;
+} ForwardMemory;
+
+template <int HS>
+__device__ __forceinline__ ForwardMemory forward_memory(unsigned char* memory) {
+    typedef ForwardTile<HS> Tile;
+    ForwardMemory m;
+    m.q = (shared_address(memory) + 1023u) & ~1023u;
+    m.k = m.q + 2 * Tile::Q_BYTES;
+    m.v = m.k + Tile::STAGES * Tile::KV_BYTES;
+    m.staging = m.v + Tile::STAGES * Tile::KV_BYTES;
+    m.q_full = m.staging + Tile::Q_BYTES;
+    m.q_empty = m.q_full + 8 * 2;
+    m.k_full = m.q_empty + 8 * 2;
+    m.k_empty = m.k_full + 8 * Tile::STAGES;
+    m.v_full = m.k_empty + 8 * Tile::STAGES;
+    m.v_empty = m.v_full + 8 * Tile::STAGES;
+    return m;
+}
+
+// The tile of queries of a wave, if there is one: head counts over batch and heads, key tiles are last .. 0
+typedef struct { int head, row0, last; } ForwardWork;
+
+template <int HS>
+__device__ __forceinline__ int forward_work(ForwardWork* work, AttentionShape s, TileOrder order, int wave) {
+    typedef ForwardTile<HS> Tile;
+    int rank;
+    if (tile_of_wave(wave) >= order.total) {
+        return 0;
+    }
+    tile_decode(order, tile_of_wave(wave), &rank, &work->head);
+    work->row0 = (order.row_tiles - 1 - rank) * Tile::ROWS;
+    work->last = (min(work->row0 + Tile::ROWS, s.T) - 1) / Tile::COLS;
+    return 1;
+}
+
+// two warpgroups take turns at the tensor cores
+#define TURN_BARRIER 4
+__device__ __forceinline__ void turn_wait(int group) { asm volatile("bar.sync %0, 256;" ::"r"(TURN_BARRIER + group) : "memory"); }
+__device__ __forceinline__ void turn_pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(TURN_BARRIER + (group ^ 1)) : "memory"); }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// one thread
+template <int HS>
+__device__ __forceinline__ void forward_produce_q(const CUtensorMap* qkv_map, ForwardMemory m, AttentionShape s, TileOrder order) {
+    typedef ForwardTile<HS> Tile;
+    ForwardWork work;
+    for (int wave = 0; forward_work<HS>(&work, s, order, wave); wave++) {
+        uint32_t buffer = wave & 1, full = m.q_full + buffer * 8;
+        barrier_wait(m.q_empty + buffer * 8, ~(wave >> 1) & 1);
+        barrier_expect(full, Tile::Q_BYTES);
+        tile_copy_boxes<Tile::ROWS, HS>(m.q + buffer * Tile::Q_BYTES, qkv_map, full, work.head % s.NH * HS, work.row0, work.head / s.NH);
+    }
+}
+
+// one thread: the tiles in the order in which the consumers take them
+template <int HS>
+__device__ __forceinline__ void forward_produce_kv(const CUtensorMap* qkv_map, ForwardMemory m, AttentionShape s, TileOrder order) {
+    typedef ForwardTile<HS> Tile;
+    RingPosition ring = {0, 0};
+    ForwardWork work;
+    for (int wave = 0; forward_work<HS>(&work, s, order, wave); wave++) {
+        int column = (s.NH + work.head % s.NH / (s.NH / s.NKV)) * HS, b = work.head / s.NH;
+#pragma unroll 1
+        for (int tile = work.last; tile >= 0; tile--) {
+            uint32_t k_full = m.k_full + ring.stage * 8, v_full = m.v_full + ring.stage * 8;
+            barrier_wait(m.k_empty + ring.stage * 8, ring.phase ^ 1);
+            barrier_expect(k_full, Tile::KV_BYTES);
+            tile_copy_boxes<Tile::COLS, HS>(m.k + ring.stage * Tile::KV_BYTES, qkv_map, k_full, column, tile * Tile::COLS, b);
+            barrier_wait(m.v_empty + ring.stage * 8, ring.phase ^ 1);
+            barrier_expect(v_full, Tile::KV_BYTES);
+            tile_copy_boxes<Tile::COLS, HS>(m.v + ring.stage * Tile::KV_BYTES, qkv_map, v_full, column + s.NKV * HS, tile * Tile::COLS, b);
+            ring_next<Tile::STAGES>(&ring);
+        }
+    }
+}
+
+// where a warpgroup stands: 64 queries from `row` of a head against one tile of keys
+typedef struct {
+    int wave, head, row, tile, fresh;  // fresh: the first keys of these queries, which hold the diagonal
+    RingPosition ring;                 // of K and V
+} ForwardStep;
+
+// the first step of step->wave; 0 if there is none. step->ring is where the producer goes on.
+template <int HS>
+__device__ __forceinline__ int forward_enter(ForwardStep* step, ForwardMemory m, AttentionShape s, TileOrder order, int group) {
+    typedef ForwardTile<HS> Tile;
+    ForwardWork work;
+    if (!forward_work<HS>(&work, s, order, step->wave)) {
+        return 0;
+    }
+    step->head = work.head;
+    step->row = work.row0 + group * 64;
+    step->tile = min(work.last, (step->row + 63) / Tile::COLS);
+    step->fresh = 1;
+    barrier_wait(m.q_full + (step->wave & 1) * 8, step->wave >> 1 & 1);
+#pragma unroll 1
+    for (int tile = work.last; tile > step->tile; tile--) {  // wholly after these queries: for the other warpgroups only
+        barrier_wait(m.k_full + step->ring.stage * 8, step->ring.phase);
+        barrier_wait(m.v_full + step->ring.stage * 8, step->ring.phase);
+        if (threadIdx.x % WARP_LANES == 0) {
+            barrier_arrive(m.k_empty + step->ring.stage * 8);
+            barrier_arrive(m.v_empty + step->ring.stage * 8);
+        }
+        ring_next<Tile::STAGES>(&step->ring);
+    }
+    return 1;
+}
+
+template <int HS>
+__device__ __forceinline__ int forward_advance(ForwardStep* step, ForwardMemory m, AttentionShape s, TileOrder order, int group) {
+    ring_next<ForwardTile<HS>::STAGES>(&step->ring);
+    if (step->tile > 0) {
+        step->tile--;
+        step->fresh = 0;
+        return 1;
+    }
+    step->wave++;
+    return forward_enter<HS>(step, m, s, order, group);
+}
+
+// start scores (64, COLS) = Q K^T of that step
+template <int HS>
+__device__ __forceinline__ void forward_scores(float* scores, ForwardMemory m, ForwardStep step, int group) {
+    typedef ForwardTile<HS> Tile;
+    uint64_t q = tile_descriptor(m.q + (step.wave & 1) * Tile::Q_BYTES + group * 64 * SLAB_ROW_BYTES, Tile::ROWS * SLAB_ROW_BYTES);
+    uint64_t k = tile_descriptor(m.k + step.ring.stage * Tile::KV_BYTES, Tile::COLS * SLAB_ROW_BYTES);
+    products_begin();
+    group_product_transposed<Tile::COLS, HS, Tile::ROWS>(scores, q, k);
+    products_commit();
+}
+
+// scores have come: P of that step in their place
+template <int HS>
+__device__ __forceinline__ void forward_softmax(float* scores, float* largest, float* sum, float* correction, ForwardMemory m, ForwardStep step,
+                                                float scale_log2) {
+    typedef ForwardTile<HS> Tile;
+    int lane = threadIdx.x % WARP_LANES;
+    registers_settle<Tile::COLS / 2>(scores);
+    if (lane == 0) {
+        barrier_arrive(m.k_empty + step.ring.stage * 8);
+        if (step.tile == 0) {
+            barrier_arrive(m.q_empty + (step.wave & 1) * 8);
+        }
+    }
+    if (step.fresh) {
+        scores_mask<Tile::COLS>(scores, step.row + threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4, step.tile * Tile::COLS + lane % 4 * 2);
+        largest[0] = largest[1] = -INFINITY;
+        sum[0] = sum[1] = 0.0f;
+    }
+    softmax_step<Tile::COLS>(scores, largest, sum, correction, scale_log2);
+}
+
+// start o += P V of that step
+template <int HS>
+__device__ __forceinline__ void forward_output(float* o, const uint32_t* p, ForwardMemory m, ForwardStep step) {
+    typedef ForwardTile<HS> Tile;
+    uint64_t v = tile_descriptor(m.v + step.ring.stage * Tile::KV_BYTES, Tile::COLS * SLAB_ROW_BYTES);
+    barrier_wait(m.v_full + step.ring.stage * 8, step.ring.phase);
+    products_begin();
+    group_product<Tile::COLS, HS>(o, p, v);
+    products_commit();
+}
+
+// all keys of that step's queries are done: write out and lse
+template <int HS>
+__device__ __forceinline__ void forward_finish(const CUtensorMap* out_map, float* lse, const float* o, const float* largest, const float* sum,
+                                               ForwardMemory m, ForwardStep step, AttentionShape s, int group, float scale_log2) {
+    int lane = threadIdx.x % WARP_LANES;
+    float total[2] = {quad_sum(sum[0]), quad_sum(sum[1])};
+    group_store<HS>(out_map, m.staging + group * 64 * HS * 2, o, 1.0f / total[0], 1.0f / total[1], 1 + group, step.head % s.NH * HS, step.row,
+                    step.head / s.NH);
+    for (int r = 0; r < 2; r++) {
+        int row = step.row + threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4 + 8 * r;
+        if (lane % 4 == 0 && row < s.T) {
+            lse[(size_t)step.head * s.T + row] = (largest[r] * scale_log2 + log2f(total[r])) / LOG2E;
+        }
+    }
+}
+
+// A warpgroup walks over all its steps; the next one's scores are multiplied while this one's output is, across tiles of queries too.
+template <int HS>
+__device__ __forceinline__ void forward_consume(const CUtensorMap* out_map, float* lse, ForwardMemory m, AttentionShape s, TileOrder order,
+                                                int group, float scale_log2) {
+    typedef ForwardTile<HS> Tile;
+    float o[HS / 2], scores[Tile::COLS / 2], largest[2], sum[2], correction[2];
+    uint32_t p[Tile::COLS / 4];
+    int leader = threadIdx.x % WARP_LANES == 0;
+    ForwardStep step = {0, 0, 0, 0, 0, {0, 0}};
+    forward_enter<HS>(&step, m, s, order, group);
+    barrier_wait(m.k_full + step.ring.stage * 8, step.ring.phase);
+    forward_scores<HS>(scores, m, step, group);
+    products_wait<0>();
+    forward_softmax<HS>(scores, largest, sum, correction, m, step, scale_log2);
+    fragment_pack<Tile::COLS>(p, scores);
+    fragment_zero<HS>(o);
+    if (Tile::ORDERED && group == 1) {
+        turn_pass(group);
+    }
+    ForwardStep next = step;
+    while (forward_advance<HS>(&next, m, s, order, group)) {
+        barrier_wait(m.k_full + next.ring.stage * 8, next.ring.phase);
+        if (Tile::ORDERED) {
+            turn_wait(group);
+        }
+        forward_scores<HS>(scores, m, next, group);
+        forward_output<HS>(o, p, m, step);
+        if (Tile::ORDERED) {
+            turn_pass(group);
+        }
+        products_wait<1>();
+        float done_largest[2] = {largest[0], largest[1]}, done_sum[2] = {sum[0], sum[1]};
+        forward_softmax<HS>(scores, largest, sum, correction, m, next, scale_log2);
+        products_wait<0>();
+        registers_settle<HS / 2>(o);
+        registers_settle<Tile::COLS / 4>(p);
+        if (leader) {
+            barrier_arrive(m.v_empty + step.ring.stage * 8);
+        }
+        if (next.fresh) {
+            forward_finish<HS>(out_map, lse, o, done_largest, done_sum, m, step, s, group, scale_log2);
+            fragment_zero<HS>(o);
+        } else {
+            fragment_scale<HS>(o, correction[0], correction[1]);
+        }
+        fragment_pack<Tile::COLS>(p, scores);
+        step = next;
+    }
+    forward_output<HS>(o, p, m, step);
+    products_wait<0>();
+    registers_settle<HS / 2>(o);
+    forward_finish<HS>(out_map, lse, o, largest, sum, m, step, s, group, scale_log2);
+    stores_wait();
+}
+#endif
+
+template <int HS>
+__global__ void __launch_bounds__(ForwardTile<HS>::THREADS, 1)
+attention_forward_wgmma_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap out_map, float* lse,
+                               AttentionShape s, TileOrder order, float scale_log2) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    typedef ForwardTile<HS> Tile;
+    extern __shared__ __align__(1024) unsigned char attention_memory[];
+    ForwardMemory m = forward_memory<HS>(attention_memory);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) {
+            barrier_init(m.q_full + 8 * i, 1);
+            barrier_init(m.q_empty + 8 * i, 4 * Tile::GROUPS);
+        }
+        for (int i = 0; i < Tile::STAGES; i++) {
+            barrier_init(m.k_full + 8 * i, 1);
+            barrier_init(m.v_full + 8 * i, 1);
+            barrier_init(m.k_empty + 8 * i, 4 * Tile::GROUPS);
+            barrier_init(m.v_empty + 8 * i, 4 * Tile::GROUPS);
+        }
+        async_proxy_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::GROUPS == 3 ? 32 : 24));
+        if (threadIdx.x == 0) {
+            forward_produce_kv<HS>(&qkv_map, m, s, order);
+        } else if (threadIdx.x == WARP_LANES) {
+            forward_produce_q<HS>(&qkv_map, m, s, order);
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::GROUPS == 3 ? 160 : 240));
+        int group = __shfl_sync(FULL_WARP, (int)threadIdx.x / WARPGROUP, 0) - 1;  // uniform, for the compiler
+        forward_consume<HS>(&out_map, lse, m, s, order, group, scale_log2);
+    }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// launches
+
+template <int HS>
+static void attention_forward_mma(floatX* out, float* lse, const floatX* qkv, AttentionShape s) {
+    TileOrder order = tile_order(s.T, MMA_ROWS, s.B * s.NH, (size_t)s.T * HS * 4 * s.NKV / s.NH);
+    attention_forward_mma_kernel<HS><<<order.total, MMA_THREADS, forward_mma_bytes<HS>(), gpu.stream>>>(out, lse, qkv, s, order,
+                                                                                                LOG2E / sqrtf((float)HS));
+    cuda_check_launch();
+}
+
+template <int HS>
+static void attention_forward_wgmma(floatX* out, float* lse, const floatX* qkv, AttentionShape s, TensorMapEncode encode) {
+    typedef ForwardTile<HS> Tile;
+    TileOrder order = tile_order(s.T, Tile::ROWS, s.B * s.NH, (size_t)s.T * HS * 4 * s.NKV / s.NH);
+    CUtensorMap qkv_map = tensor_map(encode, qkv, s.B, s.T, (s.NH + 2 * s.NKV) * HS), out_map = tensor_map(encode, out, s.B, s.T, s.NH * HS);
+    attention_forward_wgmma_kernel<HS><<<min_int(gpu.sm_count, order.total), Tile::THREADS, Tile::BYTES, gpu.stream>>>(
+        qkv_map, out_map, lse, s, order, LOG2E / sqrtf((float)HS));
+    cuda_check_launch();
+}
+
+template <int HS>
+static void attention_forward_prepare(int wgmma) {
+    cuda_check(cudaFuncSetAttribute(attention_forward_mma_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)forward_mma_bytes<HS>()));
+    if (wgmma) {
+        cuda_check(cudaFuncSetAttribute(attention_forward_wgmma_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, ForwardTile<HS>::BYTES));
+    }
+}
+#endif
