@@ -2,8 +2,10 @@
 //   ./test_llama              all sections
 //   ./test_llama quant data   some of them
 //   ./test_llama list         their names
-//   ./test_llama export DIR   a checkpoint and our logits for dev/ref/hf_check.py (export-rope: with Llama-3 rope scaling)
-// Ends with a line `N passed, N failed`; exit code 1 if any check failed. Run it from the repository's root (golden files).
+//   ./test_llama export DIR   a checkpoint and our logits for dev/ref/hf_check.py (export-rope: with Llama-3 rope
+//   scaling)
+// Ends with a line `N passed, N failed`; exit code 1 if any check failed. Run it from the repository's root (golden
+// files).
 #define TESTING
 #include "train_llama.cu"
 
@@ -72,8 +74,11 @@ int main(int argc, char** argv) {
             double begin = clock_seconds();
             SECTIONS[i].run();
             int checks = tests_passed - passed + tests_failed - failed;
-            printf("%s %-12s %6d checks, %.1f s\n", tests_failed > failed ? "FAIL" : checks ? "ok  " : "skip", SECTIONS[i].name, checks,
-                   clock_seconds() - begin);
+            printf("%s %-12s %6d checks, %.1f s\n",
+                   tests_failed > failed ? "FAIL"
+                   : checks              ? "ok  "
+                                         : "skip",
+                   SECTIONS[i].name, checks, clock_seconds() - begin);
             fflush(stdout);
         }
     }

@@ -1,7 +1,8 @@
 // train_llama.cu: pretrains a Llama whose linear layers run forward and backward in FP4. The story, from main down:
 //
 //   options -> model shape -> backend -> data -> checkpoint or fresh weights -> loop
-//   step: for each micro-batch { data -> forward -> backward };  norm, clip, finite? -> AdamW -> log;  every N: validate, sample, save
+//   step: for each micro-batch { data -> forward -> backward };  norm, clip, finite? -> AdamW -> log;  every N:
+//   validate, sample, save
 //
 // Read next: llmc/ops.h (every operation), llmc/recipe.h and llmc/linear.h (what FP4 training is), llmc/model.h.
 #include "llmc/common.h"
@@ -84,9 +85,10 @@ static int parse_prompt_ids(const char* text, int* ids, int most, int V) {
     while (*text) {
         char* end;
         long id = strtol(text, &end, 10);
-        check_or(end != text && id >= 0 && id < V, EXIT_USAGE, "--prompt ids: '%s' is not a list of token ids below the vocabulary %d",
-                 text, V);
-        check_or(count < most, EXIT_USAGE, "--prompt has more than the %d tokens that the model has positions for", most);
+        check_or(end != text && id >= 0 && id < V, EXIT_USAGE,
+                 "--prompt ids: '%s' is not a list of token ids below the vocabulary %d", text, V);
+        check_or(count < most, EXIT_USAGE, "--prompt has more than the %d tokens that the model has positions for",
+                 most);
         ids[count++] = (int)id;
         text = *end == ',' ? end + 1 : end;
     }
@@ -124,10 +126,13 @@ static int prompt_tokens(Trainer* t, int* ids, int most) {
         ids[count++] = separator;
     }
     if (*prompt) {
-        check_or(run->tokenizer, EXIT_USAGE, "--prompt as text needs a tokenizer; give --tokenizer FILE or --prompt ids:1,2,3");
+        check_or(run->tokenizer, EXIT_USAGE,
+                 "--prompt as text needs a tokenizer; give --tokenizer FILE or --prompt ids:1,2,3");
         int added = tokenizer_encode(run->tokenizer, prompt, ids + count, most - count);
-        check_or(added >= 0, EXIT_USAGE, "--prompt '%s' cannot be encoded here: its tokenizer merges bytes, or it is longer than %d "
-                 "tokens; give ids: --prompt ids:1,2,3 (HF tokenizers prints them)", prompt, most - count);
+        check_or(added >= 0, EXIT_USAGE,
+                 "--prompt '%s' cannot be encoded here: its tokenizer merges bytes, or it is longer than %d "
+                 "tokens; give ids: --prompt ids:1,2,3 (HF tokenizers prints them)",
+                 prompt, most - count);
         count += added;
     }
     ids[count] = 0;
@@ -141,7 +146,8 @@ static void print_sample(Trainer* t) {
     int count = prompt_tokens(t, ids, most - 1);
     int vocab = run->tokenizer ? run->tokenizer->vocab : run->model_config.V;
     int total = (int)min_i64(most, count + run->config.sample_tokens);
-    count = generate(&t->model, ids, count, total, vocab, run->config.temperature, (uint64_t)run->config.seed, t->state.step);
+    count = generate(&t->model, ids, count, total, vocab, run->config.temperature, (uint64_t)run->config.seed,
+                     t->state.step);
     printf("--- sample after %lld steps\n", (long long)t->state.step);
     if (run->tokenizer) {
         print_tokens(run->tokenizer, ids, count);
@@ -165,7 +171,8 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     double begin = clock_seconds();
     LinearTelemetry telemetry;
     memset(&telemetry, 0, sizeof telemetry);
-    int observe = config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
+    int observe =
+        config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
     static LinearTelemetry kept;
     model->linear.telemetry = observe ? &telemetry : NULL;
     model->weights_quantized = observe ? 0 : model->weights_quantized;
@@ -190,9 +197,17 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     kept = telemetry;
     double seconds = clock_seconds() - begin, peak = model->ops->peak_flops();
     double mfu = peak > 0 ? model_flops_per_token(model) * (double)config->batch_tokens / seconds / peak : 0.0;
-    return (StepRecord){.step = t->state.step, .steps = config->steps, .tokens = t->state.tokens, .step_tokens = config->batch_tokens,
-                        .loss = loss, .grad_norm = sqrt(result.grad_squares), .lr = lr, .seconds = seconds, .mfu = mfu,
-                        .skipped = result.skip, .telemetry = observe ? &kept : NULL};
+    return (StepRecord){.step = t->state.step,
+                        .steps = config->steps,
+                        .tokens = t->state.tokens,
+                        .step_tokens = config->batch_tokens,
+                        .loss = loss,
+                        .grad_norm = sqrt(result.grad_squares),
+                        .lr = lr,
+                        .seconds = seconds,
+                        .mfu = mfu,
+                        .skipped = result.skip,
+                        .telemetry = observe ? &kept : NULL};
 }
 
 // 0, or -1 after a message: the disk may be full for a while, training goes on
@@ -200,10 +215,12 @@ static int save(Trainer* t) {
     char error[1024];
     double begin = clock_seconds();
     int separator = t->run.tokenizer ? tokenizer_separator(t->run.tokenizer) : -1;
-    int failed = checkpoint_save(t->run.out, &t->model, &t->run.config, &t->state, t->run.tokenizer_path, separator, error, sizeof error);
+    int failed = checkpoint_save(t->run.out, &t->model, &t->run.config, &t->state, t->run.tokenizer_path, separator,
+                                 error, sizeof error);
     char* path = checkpoint_path(t->run.out, t->state.step, "");
     if (failed) {
-        fprintf(stderr, "train_llama: checkpoint of step %lld not saved: %s; earlier checkpoints stand\n", (long long)t->state.step, error);
+        fprintf(stderr, "train_llama: checkpoint of step %lld not saved: %s; earlier checkpoints stand\n",
+                (long long)t->state.step, error);
     } else {
         checkpoint_prune(t->run.out, t->run.config.keep);
         printf("saved      %s (%.1f s)\n", path, clock_seconds() - begin);
@@ -251,11 +268,14 @@ static int train(Trainer* t) {
         loader_stop(loader);
     }
     if (code == EXIT_REQUEUE) {
-        printf("stopped    as asked at step %lld of %lld; the same command goes on from here\n", (long long)t->state.step,
-               (long long)config->steps);
+        printf("stopped    as asked at step %lld of %lld; the same command goes on from here\n",
+               (long long)t->state.step, (long long)config->steps);
     } else if (code == EXIT_NUMERICS) {
-        fprintf(stderr, "train_llama: %lld steps in a row were not finite; stopped. The last good checkpoint in '%s' stands; a lower "
-                "--lr or --grad-clip may help\n", (long long)skips, t->run.out);
+        fprintf(stderr,
+                "train_llama: %lld steps in a row were not finite; stopped. The last good checkpoint in '%s' stands; a "
+                "lower "
+                "--lr or --grad-clip may help\n",
+                (long long)skips, t->run.out);
     }
     return code;
 }
@@ -276,19 +296,21 @@ static void print_header(const Trainer* t, const Ops* ops) {
     format_count(run_tokens, sizeof run_tokens, (double)c->tokens);
     format_count(memory, sizeof memory, (double)bytes);
     printf("train_llama %s\n", PROGRAM_VERSION);
-    printf("model      %s: %s parameters, %d layers, %d channels, %d heads (%d kv), ffn %d, vocabulary %d%s\n", m->name, params, m->L, m->C,
-           m->NH, m->NKV, m->F, m->V, m->tied ? ", tied" : "");
-    printf("recipe     %s: %s%s%s\n", t->run.recipe->name, t->run.recipe->what, t->run.recipe->x.format == FORMAT_FLOATX ? "" : "; backward ",
+    printf("model      %s: %s parameters, %d layers, %d channels, %d heads (%d kv), ffn %d, vocabulary %d%s\n", m->name,
+           params, m->L, m->C, m->NH, m->NKV, m->F, m->V, m->tied ? ", tied" : "");
+    printf("recipe     %s: %s%s%s\n", t->run.recipe->name, t->run.recipe->what,
+           t->run.recipe->x.format == FORMAT_FLOATX ? "" : "; backward ",
            t->run.recipe->x.format == FORMAT_FLOATX ? "" : c->bwd_rounding);
     ops->describe(device, sizeof device);
     printf("device     %s: %s, %s%s\n", ops->name, device, FLOATX_NAME, backend_note);
-    printf("data       %s tokens in %d shards (ids %s), %lld samples of %d; validation %s\n", tokens, t->train.shard_count,
-           t->train.fully_scanned ? "all checked" : "spot-checked, the rest as read", (long long)t->train.samples, t->run.T,
-           t->has_val ? c->val_data : "none");
-    printf("batch      %lld tokens a step: %lld x %d rows x %d\n", (long long)c->batch_tokens, (long long)t->run.accumulation, t->run.B,
-           t->run.T);
-    printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps, run_tokens,
-           (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule, (long long)c->warmup_steps);
+    printf("data       %s tokens in %d shards (ids %s), %lld samples of %d; validation %s\n", tokens,
+           t->train.shard_count, t->train.fully_scanned ? "all checked" : "spot-checked, the rest as read",
+           (long long)t->train.samples, t->run.T, t->has_val ? c->val_data : "none");
+    printf("batch      %lld tokens a step: %lld x %d rows x %d\n", (long long)c->batch_tokens,
+           (long long)t->run.accumulation, t->run.B, t->run.T);
+    printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps,
+           run_tokens, (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule,
+           (long long)c->warmup_steps);
     printf("memory     %sB for the model (--plan lists it)\n", memory);
     printf("out        %s\n", t->run.out);
     fflush(stdout);
@@ -342,9 +364,10 @@ static void start_weights(Trainer* t, const char* checkpoint, const Json* saved)
 static void check_fingerprint(Trainer* t, const char* checkpoint) {
     uint64_t fingerprint = dataset_fingerprint(&t->train);
     check_or(!checkpoint || fingerprint == t->state.data_fingerprint || t->run.config.allow_data_change, EXIT_BAD_DATA,
-             "the training data is not what checkpoint '%s' was trained on (fingerprint %016llx, then %016llx): its order would "
-             "differ; restore the shards, or pass --allow-data-change 1", checkpoint, (unsigned long long)fingerprint,
-             (unsigned long long)t->state.data_fingerprint);
+             "the training data is not what checkpoint '%s' was trained on (fingerprint %016llx, then %016llx): its "
+             "order would "
+             "differ; restore the shards, or pass --allow-data-change 1",
+             checkpoint, (unsigned long long)fingerprint, (unsigned long long)t->state.data_fingerprint);
     t->state.data_fingerprint = fingerprint;
 }
 
@@ -397,7 +420,8 @@ static int run_training(Trainer* t) {
         bench_run(run, &t->model);
         return EXIT_DONE;
     }
-    check_or(run->config.train_data[0], EXIT_USAGE, "--train-data is missing: token shards to train on (data/prepare.py makes them); "
+    check_or(run->config.train_data[0], EXIT_USAGE,
+             "--train-data is missing: token shards to train on (data/prepare.py makes them); "
              "./scripts/quickstart.sh shows a whole run");
     open_data(t);
     run_lock(run);
@@ -424,13 +448,16 @@ static int run_training(Trainer* t) {
     t->log = log_open(run->out, checkpoint ? t->state.step : -1);
     log_run(&t->log, &run->config, &t->model, &t->state);
     if (checkpoint) {
-        printf("resume     %s: step %lld of %lld\n", checkpoint, (long long)t->state.step, (long long)run->config.steps);
+        printf("resume     %s: step %lld of %lld\n", checkpoint, (long long)t->state.step,
+               (long long)run->config.steps);
         log_event(&t->log, "resume", t->state.step, t->state.tokens, "path", checkpoint, 0.0);
     }
     int code = EXIT_DONE;
     if (t->state.step >= run->config.steps) {
-        printf("done       this run already has its %lld steps; a larger --steps or --tokens goes on, --prompt samples from it\n",
-               (long long)run->config.steps);
+        printf(
+            "done       this run already has its %lld steps; a larger --steps or --tokens goes on, --prompt samples "
+            "from it\n",
+            (long long)run->config.steps);
     } else {
         code = train(t);
     }

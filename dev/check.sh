@@ -43,9 +43,9 @@ done)
 found=$(awk '/^[a-zA-Z[].*\{$/ && !/^(typedef|enum|struct|union|namespace|extern)/ { begin = FNR; head = $0 }
     /^}/ && begin { n = FNR - begin + 1; if (n > 60) print FILENAME ":" begin ": " n " lines, more than 60: " head; begin = 0 }' $code)
 [ -z "$found" ] || problem "$found"
-found=$(awk 'length > 130 { print FILENAME ":" FNR ": " length " columns, more than 130" }' $(grep '^llmc/' <<<"$code"))
+found=$(awk 'length > 120 { print FILENAME ":" FNR ": " length " columns, more than 120" }' $(grep '^llmc/' <<<"$code"))
 [ -z "$found" ] || problem "$found"
-title size "files of 600 lines, functions of 60, lines of llmc of 130 columns at most"
+title size "files of 600 lines, functions of 60, lines of llmc of 120 columns at most"
 
 found=$(git diff --check HEAD; grep -nE '[[:space:]]+$' $files)
 [ -z "$found" ] || problem "$found"

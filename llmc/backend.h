@@ -1,4 +1,5 @@
-// backend.h: --device and --carrier -> a table of operations. Automatic choices are printed; an impossible request ends here.
+// backend.h: --device and --carrier -> a table of operations. Automatic choices are printed; an impossible request ends
+// here.
 #pragma once
 #include "config.h"
 #include "recipe.h"
@@ -23,7 +24,8 @@ static int backend_supports(const Ops* ops, const Recipe* recipe) {
 #ifdef USE_CUDA
 static const Ops* backend_init_cuda(const Config* config) {
     check_or(!strcmp(config->carrier, "auto") || !strcmp(config->carrier, "bf16"), EXIT_USAGE,
-             "--carrier %s: the GPU of this version multiplies in the precision of the build (--carrier auto)", config->carrier);
+             "--carrier %s: the GPU of this version multiplies in the precision of the build (--carrier auto)",
+             config->carrier);
     return cuda_backend(0);
 }
 #endif
@@ -32,10 +34,12 @@ static const Ops* backend_init(const Config* config, const Recipe* recipe) {
     int want_cuda = !strcmp(config->device, "cuda"), automatic = !strcmp(config->device, "auto");
 #ifdef USE_CUDA
     int gpus = want_cuda || automatic ? cuda_device_count() : 0;
-    check_or(!want_cuda || gpus > 0, EXIT_NO_DEVICE, "--device cuda: no NVIDIA GPU is visible; nvidia-smi shows what the driver sees; "
-                                                     "--device cpu trains without one");
+    check_or(!want_cuda || gpus > 0, EXIT_NO_DEVICE,
+             "--device cuda: no NVIDIA GPU is visible; nvidia-smi shows what the driver sees; "
+             "--device cpu trains without one");
     check_or(!want_cuda || backend_supports(&CUDA_OPS, recipe), EXIT_NO_DEVICE,
-             "--device cuda: --recipe %s does not run on the GPU in this version; use --recipe bf16, or --device cpu", recipe->name);
+             "--device cuda: --recipe %s does not run on the GPU in this version; use --recipe bf16, or --device cpu",
+             recipe->name);
     if (want_cuda || (automatic && gpus > 0 && backend_supports(&CUDA_OPS, recipe))) {
         return backend_init_cuda(config);
     }
@@ -43,11 +47,13 @@ static const Ops* backend_init(const Config* config, const Recipe* recipe) {
 #else
     (void)automatic;
     (void)recipe;
-    check_or(!want_cuda, EXIT_NO_DEVICE, "--device cuda: this binary was built without CUDA; build with nvcc on the path (make CUDA=1), or use "
-                                         "--device cpu");
+    check_or(!want_cuda, EXIT_NO_DEVICE,
+             "--device cuda: this binary was built without CUDA; build with nvcc on the path (make CUDA=1), or use "
+             "--device cpu");
 #endif
     check_or(!strcmp(config->carrier, "auto") || !strcmp(config->carrier, "f32"), EXIT_USAGE,
-             "--carrier %s needs a GPU; the CPU multiplies decoded operands in f32 (--carrier f32 or auto)", config->carrier);
+             "--carrier %s needs a GPU; the CPU multiplies decoded operands in f32 (--carrier f32 or auto)",
+             config->carrier);
     if (config->threads != AUTO_INT) {
         cpu_set_threads((int)config->threads);
     }

@@ -1,9 +1,9 @@
-// bench.h: --bench. Times every class of operation at the model's own shapes, and whole training steps, against the ceilings measured
-// in the same run: the f32 rate that BLAS reaches alone, and the bandwidth of a large copy.
+// bench.h: --bench. Times every class of operation at the model's own shapes, and whole training steps, against the
+// ceilings measured in the same run: the f32 rate that BLAS reaches alone, and the bandwidth of a large copy.
 //
-// Work is counted as the fewest floating-point operations and bytes that the operation needs: every input read once, every output
-// written once. The model's own rate counts 6 operations per parameter of a matrix and token, plus attention (12 L T A / 2 a token,
-// causal): forward 2, backward 4.
+// Work is counted as the fewest floating-point operations and bytes that the operation needs: every input read once,
+// every output written once. The model's own rate counts 6 operations per parameter of a matrix and token, plus
+// attention (12 L T A / 2 a token, causal): forward 2, backward 4.
 #pragma once
 #include "optimizer.h"
 #include "run.h"
@@ -18,25 +18,29 @@ typedef struct {
 #define BENCH_BLOCK 0  // the block whose buffers are used
 #define BENCH_MAX_REPEATS 50
 
-static Linear* bench_linear(Model* model, LinearKind kind) { return &model->linears[BENCH_BLOCK * LINEAR_KINDS + kind]; }
+static Linear* bench_linear(Model* model, LinearKind kind) {
+    return &model->linears[BENCH_BLOCK * LINEAR_KINDS + kind];
+}
 static int bench_tokens(const Model* model) { return model->B * model->T; }
 
 static void bench_embedding(Model* model) {
-    model->ops->embedding_forward(model->blocks[0].inp, model->inputs, model_weight(model, P_EMBED, -1), bench_tokens(model),
-                                  model->config.C);
+    model->ops->embedding_forward(model->blocks[0].inp, model->inputs, model_weight(model, P_EMBED, -1),
+                                  bench_tokens(model), model->config.C);
 }
 static void bench_rmsnorm(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->rmsnorm_forward(b->norm1, b->rstd1, b->inp, model_weight(model, P_NORM1, BENCH_BLOCK), bench_tokens(model),
-                                model->config.C, (float)model->config.rms_eps);
+    model->ops->rmsnorm_forward(b->norm1, b->rstd1, b->inp, model_weight(model, P_NORM1, BENCH_BLOCK),
+                                bench_tokens(model), model->config.C, (float)model->config.rms_eps);
 }
 static void bench_rmsnorm_backward(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM1, BENCH_BLOCK), model->dnorm, model->dresidual, b->inp,
-                                 model_weight(model, P_NORM1, BENCH_BLOCK), b->rstd1, bench_tokens(model), model->config.C);
+    model->ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM1, BENCH_BLOCK), model->dnorm,
+                                 model->dresidual, b->inp, model_weight(model, P_NORM1, BENCH_BLOCK), b->rstd1,
+                                 bench_tokens(model), model->config.C);
 }
 static void bench_rope(Model* model) {
-    model->ops->rope(model->blocks[BENCH_BLOCK].qkv, model->rope_table, attention_shape(model, model->B, model->T), 0, 0);
+    model->ops->rope(model->blocks[BENCH_BLOCK].qkv, model->rope_table, attention_shape(model, model->B, model->T), 0,
+                     0);
 }
 static void bench_attention(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
@@ -44,7 +48,8 @@ static void bench_attention(Model* model) {
 }
 static void bench_attention_backward(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->attention_backward(model->dqkv, model->datt, b->att, b->qkv, b->lse, attention_shape(model, model->B, model->T));
+    model->ops->attention_backward(model->dqkv, model->datt, b->att, b->qkv, b->lse,
+                                   attention_shape(model, model->B, model->T));
 }
 static void bench_swiglu(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
@@ -63,26 +68,26 @@ static void bench_classifier(Model* model) { model_classifier(model, 1e-6f, 1); 
 // the parts of the gate+up layer, the widest one: quantizers, products, finish
 static void bench_quantize_x(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    linear_operand(&model->linear, OPERAND_X, bench_linear(model, LINEAR_GATE_UP), b->x_memory[LINEAR_GATE_UP], bench_tokens(model),
-                   model->config.C, b->norm2, NULL, 0, NULL);
+    linear_operand(&model->linear, OPERAND_X, bench_linear(model, LINEAR_GATE_UP), b->x_memory[LINEAR_GATE_UP],
+                   bench_tokens(model), model->config.C, b->norm2, NULL, 0, NULL);
 }
 static void bench_quantize_dy(Model* model) {
-    linear_operand(&model->linear, OPERAND_DY, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_a, bench_tokens(model),
-                   2 * model->config.F, model->dgate_up, NULL, 0, NULL);
+    linear_operand(&model->linear, OPERAND_DY, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_a,
+                   bench_tokens(model), 2 * model->config.F, model->dgate_up, NULL, 0, NULL);
 }
 static void bench_quantize_dyt(Model* model) {
-    linear_operand(&model->linear, OPERAND_DYT, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_a, 2 * model->config.F,
-                   bench_tokens(model), model->dgate_up, NULL, 1, NULL);
+    linear_operand(&model->linear, OPERAND_DYT, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_a,
+                   2 * model->config.F, bench_tokens(model), model->dgate_up, NULL, 1, NULL);
 }
 static void bench_quantize_wt(Model* model) {
     Linear* linear = bench_linear(model, LINEAR_GATE_UP);
-    linear_operand(&model->linear, OPERAND_WT, linear, model->linear.operand_b, linear->C, linear->OC, linear->weight, &linear->w, 1,
-                   NULL);
+    linear_operand(&model->linear, OPERAND_WT, linear, model->linear.operand_b, linear->C, linear->OC, linear->weight,
+                   &linear->w, 1, NULL);
 }
 static void bench_quantize_xt(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    linear_operand(&model->linear, OPERAND_XT, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_b, model->config.C,
-                   bench_tokens(model), b->norm2, &b->x[LINEAR_GATE_UP], 1, NULL);
+    linear_operand(&model->linear, OPERAND_XT, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_b,
+                   model->config.C, bench_tokens(model), b->norm2, &b->x[LINEAR_GATE_UP], 1, NULL);
 }
 static void bench_unrotate(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
@@ -93,8 +98,8 @@ static void bench_linears_forward(Model* model) {
     const floatX* inputs[] = {b->norm1, b->att, b->norm2, b->act};
     floatX* outputs[] = {b->qkv, model->projection, b->gate_up, model->projection};
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
-        linear_forward(&model->linear, bench_linear(model, (LinearKind)kind), outputs[kind], &b->x[kind], b->x_memory[kind],
-                       inputs[kind], bench_tokens(model));
+        linear_forward(&model->linear, bench_linear(model, (LinearKind)kind), outputs[kind], &b->x[kind],
+                       b->x_memory[kind], inputs[kind], bench_tokens(model));
     }
 }
 static void bench_linears_backward(Model* model) {
@@ -149,7 +154,8 @@ static double bench_copy_bandwidth(void) {
 
 static void bench_table(Model* model, double gemm_ceiling, double copy_ceiling) {
     const ModelConfig* m = &model->config;
-    double BT = bench_tokens(model), C = m->C, F = m->F, A = (double)m->NH * m->HS, KV = (double)m->NKV * m->HS, L = m->L;
+    double BT = bench_tokens(model), C = m->C, F = m->F, A = (double)m->NH * m->HS, KV = (double)m->NKV * m->HS,
+           L = m->L;
     double x = sizeof(floatX), linear = (A + 2 * KV) * C + A * C + 3 * C * F, attention = 4.0 * BT * model->T / 2 * A;
     double packed = 0.5 + 1.0 / 32;
     BenchRow rows[] = {
@@ -211,7 +217,8 @@ static void bench_run(const Run* run, Model* model) {
         tokens[i] = (int32_t)(philox(1, (uint64_t)i, 0).w[0] % (uint32_t)m->V);
     }
     double gemm_ceiling = blas_rate(2048, threads), copy_ceiling = bench_copy_bandwidth();
-    printf("ceilings   %s f32 GEMM %.0f GFLOP/s on %d threads, copy %.1f GB/s\n", CPU_BLAS_NAME, gemm_ceiling, threads, copy_ceiling);
+    printf("ceilings   %s f32 GEMM %.0f GFLOP/s on %d threads, copy %.1f GB/s\n", CPU_BLAS_NAME, gemm_ceiling, threads,
+           copy_ceiling);
     printf("model      %s, recipe %s, micro-batch %d x %d\n", m->name, run->recipe->name, model->B, model->T);
     double times[7];
     for (int i = 0; i < 7; i++) {
@@ -220,7 +227,7 @@ static void bench_run(const Run* run, Model* model) {
     bench_table(model, gemm_ceiling, copy_ceiling);
     qsort(times + 1, 6, sizeof(double), compare_doubles);
     double seconds = times[3], flops = BT * model_flops_per_token(model);
-    printf("step       %.1f ms a micro-batch and update, %.0f tokens/s, model %.1f GFLOP/s, %.0f %% of BLAS\n", seconds * 1e3,
-           BT / seconds, flops / seconds * 1e-9, 100 * flops / seconds * 1e-9 / gemm_ceiling);
+    printf("step       %.1f ms a micro-batch and update, %.0f tokens/s, model %.1f GFLOP/s, %.0f %% of BLAS\n",
+           seconds * 1e3, BT / seconds, flops / seconds * 1e-9, 100 * flops / seconds * 1e-9 / gemm_ceiling);
     free(tokens);
 }

@@ -1,12 +1,14 @@
 // checkpoint.h: commit, verify, fall back.
 //
 //   OUT/step_00001000/  model.safetensors, config.json (tokenizer.json)   a Hugging Face Llama folder as it stands
-//                       optim-00000-of-00001.safetensors                  f32 master weights, m, v as one range of the flat buffer
-//                       state.json                                        run, step, options, data, size and XXH64 of each file
-// Written into step_00001000.tmp: every file is fsynced, then the folder, then it is renamed, then OUT is fsynced. So a folder
-// without .tmp is whole, whenever the machine stopped. Loading still verifies sizes and checksums (state.json guards itself by a
-// checksum of its own text): a damaged checkpoint is named and the next older one is taken. A committed step is never overwritten.
-// All else is a function of the step: data position, learning rate, random numbers.
+//                       optim-00000-of-00001.safetensors                  f32 master weights, m, v as one range of the
+//                       flat buffer state.json                                        run, step, options, data, size
+//                       and XXH64 of each file
+// Written into step_00001000.tmp: every file is fsynced, then the folder, then it is renamed, then OUT is fsynced. So a
+// folder without .tmp is whole, whenever the machine stopped. Loading still verifies sizes and checksums (state.json
+// guards itself by a checksum of its own text): a damaged checkpoint is named and the next older one is taken. A
+// committed step is never overwritten. All else is a function of the step: data position, learning rate, random
+// numbers.
 #pragma once
 #include "config.h"
 #include "model.h"
@@ -188,7 +190,8 @@ static void writer_put_text(CheckpointWriter* writer, const char* name, const ch
 }
 
 // copy elements of a device buffer into the open file
-static void writer_stream(SafetensorsWriter* file, const Model* model, const void* device, size_t count, size_t element_bytes) {
+static void writer_stream(SafetensorsWriter* file, const Model* model, const void* device, size_t count,
+                          size_t element_bytes) {
     char* chunk = (char*)malloc_or_die(CHECKPOINT_CHUNK * element_bytes, "checkpoint buffer");
     for (size_t begin = 0; begin < count; begin += CHECKPOINT_CHUNK) {
         size_t n = count - begin < CHECKPOINT_CHUNK ? count - begin : CHECKPOINT_CHUNK;
@@ -256,23 +259,26 @@ static void config_write_json(FILE* file, const Config* config) {
     fprintf(file, "}");
 }
 
-static void writer_put_state(CheckpointWriter* writer, const Model* model, const Config* config, const RunState* state) {
+static void writer_put_state(CheckpointWriter* writer, const Model* model, const Config* config,
+                             const RunState* state) {
     char* text = NULL;
     size_t bytes = 0;
     FILE* file = open_memstream(&text, &bytes);
     check_or(file, EXIT_NO_MEMORY, "out of memory for state.json");
-    fprintf(file, "{\"format\":\"train_llama checkpoint\",\"version\":%d,\"program\":\"%s\",\n", CHECKPOINT_VERSION, PROGRAM_VERSION);
+    fprintf(file, "{\"format\":\"train_llama checkpoint\",\"version\":%d,\"program\":\"%s\",\n", CHECKPOINT_VERSION,
+            PROGRAM_VERSION);
     fprintf(file, "\"run_id\":\"%s\",\"step\":%lld,\"tokens\":%lld,\"ranks\":1,\"precision\":\"%s\",\n", state->run_id,
             (long long)state->step, (long long)state->tokens, FLOATX_NAME);
-    fprintf(file, "\"elements\":%zu,\"slices\":[{\"file\":\"optim-00000-of-00001.safetensors\",\"begin\":0,\"end\":%zu}],\n",
+    fprintf(file,
+            "\"elements\":%zu,\"slices\":[{\"file\":\"optim-00000-of-00001.safetensors\",\"begin\":0,\"end\":%zu}],\n",
             model->table.elements, model->table.elements);
     fprintf(file, "\"data_fingerprint\":\"%016llx\",\n\"options\":", (unsigned long long)state->data_fingerprint);
     config_write_json(file, config);
     fprintf(file, ",\n\"files\":[");
     for (int i = 0; i < writer->file_count; i++) {
         const CheckpointFile* f = &writer->files[i];
-        fprintf(file, "%s\n  {\"name\":\"%s\",\"bytes\":%lld,\"xxh64\":\"%016llx\"}", i ? "," : "", f->name, (long long)f->bytes,
-                (unsigned long long)f->checksum);
+        fprintf(file, "%s\n  {\"name\":\"%s\",\"bytes\":%lld,\"xxh64\":\"%016llx\"}", i ? "," : "", f->name,
+                (long long)f->bytes, (unsigned long long)f->checksum);
     }
     fprintf(file, "],\n");
     fflush(file);
@@ -284,7 +290,8 @@ static void writer_put_state(CheckpointWriter* writer, const Model* model, const
     free(text);
 }
 
-static void writer_put_configs(CheckpointWriter* writer, const Model* model, const char* tokenizer_path, int separator) {
+static void writer_put_configs(CheckpointWriter* writer, const Model* model, const char* tokenizer_path,
+                               int separator) {
     char* text = NULL;
     size_t bytes = 0;
     FILE* file = open_memstream(&text, &bytes);
@@ -301,8 +308,9 @@ static void writer_put_configs(CheckpointWriter* writer, const Model* model, con
     }
 }
 
-// Save a checkpoint of the model after state->step steps. 0, or -1 with a text in error: nothing is committed then, what was written
-// is removed and training can go on. tokenizer_path may be NULL; separator is the document token, or -1.
+// Save a checkpoint of the model after state->step steps. 0, or -1 with a text in error: nothing is committed then,
+// what was written is removed and training can go on. tokenizer_path may be NULL; separator is the document token, or
+// -1.
 static int checkpoint_save(const char* out, const Model* model, const Config* config, const RunState* state,
                            const char* tokenizer_path, int separator, char* error, size_t error_bytes) {
     char* final_path = checkpoint_path(out, state->step, "");
@@ -310,7 +318,8 @@ static int checkpoint_save(const char* out, const Model* model, const Config* co
         free(final_path);
         return 0;
     }
-    CheckpointWriter writer = {.folder = checkpoint_path(out, state->step, ".tmp"), .files = {}, .file_count = 0, .error = {}};
+    CheckpointWriter writer = {
+        .folder = checkpoint_path(out, state->step, ".tmp"), .files = {}, .file_count = 0, .error = {}};
     remove_flat_folder(writer.folder);
     if (mkdir(writer.folder, 0777) != 0) {
         writer_fail(&writer, "cannot create folder '%s': %s", writer.folder, strerror(errno));
@@ -393,7 +402,8 @@ static int checkpoint_verify_files(const char* folder, const Json* state, char* 
         if (stat(path, &info) != 0) {
             snprintf(error, error_bytes, "'%s' is missing", path);
         } else if (info.st_size != expected) {
-            snprintf(error, error_bytes, "'%s' has %lld bytes instead of %lld", path, (long long)info.st_size, (long long)expected);
+            snprintf(error, error_bytes, "'%s' has %lld bytes instead of %lld", path, (long long)info.st_size,
+                     (long long)expected);
         } else if (xxh64_file(&checksum, &bytes, path, error, error_bytes) == 0) {
             char hex[17];
             snprintf(hex, sizeof hex, "%016llx", (unsigned long long)checksum);
@@ -431,7 +441,8 @@ static char* checkpoint_find(const char* out, Json** state, int* damaged) {
             found = folder;
         } else {
             (*damaged)++;
-            fprintf(stderr, "train_llama: checkpoint '%s' is not usable: %s; trying the next older one\n", folder, error);
+            fprintf(stderr, "train_llama: checkpoint '%s' is not usable: %s; trying the next older one\n", folder,
+                    error);
             free(folder);
         }
     }
@@ -447,26 +458,28 @@ static void model_config_must_match(const ModelConfig* have, const char* folder)
     int b[] = {have->L, have->C, have->NH, have->NKV, have->HS, have->F, have->V, have->tied};
     for (int i = 0; i < 8; i++) {
         check_or(a[i] == b[i], EXIT_USAGE,
-                 "checkpoint '%s' has %s %d, this command asks for %d; use --model %s, or another --out for a new run", folder,
-                 names[i], a[i], b[i], folder);
+                 "checkpoint '%s' has %s %d, this command asks for %d; use --model %s, or another --out for a new run",
+                 folder, names[i], a[i], b[i], folder);
     }
     check_or(saved.rope_theta == have->rope_theta && saved.rope_factor == have->rope_factor, EXIT_USAGE,
-             "checkpoint '%s' has rope theta %g and scaling factor %g, this command asks for %g and %g; use --model %s", folder,
-             saved.rope_theta, saved.rope_factor, have->rope_theta, have->rope_factor, folder);
+             "checkpoint '%s' has rope theta %g and scaling factor %g, this command asks for %g and %g; use --model %s",
+             folder, saved.rope_theta, saved.rope_factor, have->rope_theta, have->rope_factor, folder);
     free(path);
 }
 
-static void load_range(const SafetensorsFile* file, const char* name, float* device, const Model* model, floatX* rounded) {
+static void load_range(const SafetensorsFile* file, const char* name, float* device, const Model* model,
+                       floatX* rounded) {
     char error[SAFETENSORS_ERROR_BYTES];
     const SafetensorsEntry* entry = safetensors_find(file, name);
     size_t count = model->table.elements;
-    check_or(entry && entry->dtype == SAFETENSORS_F32 && entry->bytes == (int64_t)(count * sizeof(float)), EXIT_BAD_DATA,
-             "'%s' does not hold %zu f32 values of '%s'", file->path, count, name);
+    check_or(entry && entry->dtype == SAFETENSORS_F32 && entry->bytes == (int64_t)(count * sizeof(float)),
+             EXIT_BAD_DATA, "'%s' does not hold %zu f32 values of '%s'", file->path, count, name);
     float* chunk = (float*)malloc_or_die(CHECKPOINT_CHUNK * sizeof(float), "checkpoint buffer");
     floatX* small = rounded ? (floatX*)malloc_or_die(CHECKPOINT_CHUNK * sizeof(floatX), "checkpoint buffer") : NULL;
     for (size_t begin = 0; begin < count; begin += CHECKPOINT_CHUNK) {
         size_t n = count - begin < CHECKPOINT_CHUNK ? count - begin : CHECKPOINT_CHUNK;
-        check_or(safetensors_read(file, entry, chunk, (int64_t)begin, (int64_t)n, error, sizeof error) == 0, EXIT_IO, "%s", error);
+        check_or(safetensors_read(file, entry, chunk, (int64_t)begin, (int64_t)n, error, sizeof error) == 0, EXIT_IO,
+                 "%s", error);
         model->ops->copy_to_device(device + begin, chunk, n * sizeof(float));
         if (rounded) {
             for (size_t i = 0; i < n; i++) {

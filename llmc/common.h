@@ -1,8 +1,8 @@
 // common.h: errors, exit codes, checked libc calls, exact arithmetic on sizes, the clock.
 //
-// Contract: nothing in this program fails silently. check() is always on; die() prints one line that names what is wrong,
-// with the values, and what to do, and ends the process with a documented exit code. Every libc call that can fail goes
-// through a wrapper here or is checked where it stands.
+// Contract: nothing in this program fails silently. check() is always on; die() prints one line that names what is
+// wrong, with the values, and what to do, and ends the process with a documented exit code. Every libc call that can
+// fail goes through a wrapper here or is checked where it stands.
 #pragma once
 #include <dirent.h>
 #include <errno.h>
@@ -110,7 +110,9 @@ static char* format_string(const char* format, ...) {
     return text;
 }
 
-static inline int starts_with(const char* text, const char* prefix) { return strncmp(text, prefix, strlen(prefix)) == 0; }
+static inline int starts_with(const char* text, const char* prefix) {
+    return strncmp(text, prefix, strlen(prefix)) == 0;
+}
 
 static int path_is_file(const char* path) {
     struct stat info;
@@ -139,8 +141,9 @@ static void pread_or_die(int fd, void* memory, size_t bytes, int64_t offset, con
             continue;
         }
         check_or(got >= 0, EXIT_IO, "cannot read '%s': %s", path, strerror(errno));
-        check_or(got > 0, EXIT_BAD_DATA, "'%s' ends at byte %lld, where %zu more bytes are needed: the file is truncated",
-                 path, (long long)(offset + (int64_t)done), bytes - done);
+        check_or(got > 0, EXIT_BAD_DATA,
+                 "'%s' ends at byte %lld, where %zu more bytes are needed: the file is truncated", path,
+                 (long long)(offset + (int64_t)done), bytes - done);
         done += (size_t)got;
     }
 }
@@ -149,7 +152,8 @@ static void pread_or_die(int fd, void* memory, size_t bytes, int64_t offset, con
 static char* read_file_or_die(const char* path, size_t* bytes_out) {
     FILE* file = fopen_or_die(path, "rb");
     struct stat info;
-    check_or(fstat(fileno(file), &info) == 0 && S_ISREG(info.st_mode), EXIT_NO_INPUT, "'%s' is not a regular file", path);
+    check_or(fstat(fileno(file), &info) == 0 && S_ISREG(info.st_mode), EXIT_NO_INPUT, "'%s' is not a regular file",
+             path);
     char* text = (char*)malloc_or_die((size_t)info.st_size + 1, path);
     pread_or_die(fileno(file), text, (size_t)info.st_size, 0, path);
     text[info.st_size] = 0;

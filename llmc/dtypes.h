@@ -1,6 +1,7 @@
 // dtypes.h: every number format of the program and its rounding. No other file rounds to a format.
 //
-// Small floats follow the OCP MX specification 1.0: value = (-1)^s 2^(e-bias) (1 + m/2^M), or m 2^(1-bias-M) where e = 0.
+// Small floats follow the OCP MX specification 1.0: value = (-1)^s 2^(e-bias) (1 + m/2^M), or m 2^(1-bias-M) where e =
+// 0.
 //   format  bits s e m   bias   largest    not a number     used for
 //   bf16    1 8 7        127    3.39e38    yes              parameters, activations (floatX)
 //   e4m3    1 4 3        7      448        S.1111.111       fp8 operands, forward

@@ -1,7 +1,7 @@
 // generate.h: text from the model, with a key/value cache: each new token costs one pass over one row.
 //
-// The same linear layers as in training (the recipe's forward operands), so a sample shows what was trained. Sampling draws from
-// softmax(logits / temperature); the random number of position p is a function of (seed, step, p).
+// The same linear layers as in training (the recipe's forward operands), so a sample shows what was trained. Sampling
+// draws from softmax(logits / temperature); the random number of position p is a function of (seed, step, p).
 #pragma once
 #include "model.h"
 #include "tokenizer.h"
@@ -42,8 +42,8 @@ static Generator generator_open(const Model* model, int positions) {
 }
 
 static void generator_close(const Model* model, Generator* g) {
-    void* buffers[] = {g->x, g->norm, g->qkv, g->att, g->projection, g->gate_up, g->act, g->logits, g->rstd, g->keys, g->values,
-                       g->tokens, g->operand};
+    void* buffers[] = {g->x,      g->norm, g->qkv,  g->att,    g->projection, g->gate_up, g->act,
+                       g->logits, g->rstd, g->keys, g->values, g->tokens,     g->operand};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++) {
         model->ops->release(buffers[i]);
     }
@@ -120,12 +120,13 @@ static int sample_logits(const float* logits, int V, double temperature, float u
     return best;
 }
 
-// Extend ids, which hold count >= 1 tokens, to at most `total` (never beyond the model's positions); returns their number. Tokens
-// from `vocab` on are never drawn: a model's vocabulary is often padded beyond its tokenizer's.
-static int generate(Model* model, int* ids, int count, int total, int vocab, double temperature, uint64_t seed, int64_t step) {
+// Extend ids, which hold count >= 1 tokens, to at most `total` (never beyond the model's positions); returns their
+// number. Tokens from `vocab` on are never drawn: a model's vocabulary is often padded beyond its tokenizer's.
+static int generate(Model* model, int* ids, int count, int total, int vocab, double temperature, uint64_t seed,
+                    int64_t step) {
     total = min_int(total, model->config.max_positions);
-    check_or(count >= 1 && count < total, EXIT_USAGE, "the prompt's %d tokens leave no room in the model's %d positions", count,
-             total);
+    check_or(count >= 1 && count < total, EXIT_USAGE,
+             "the prompt's %d tokens leave no room in the model's %d positions", count, total);
     Generator g = generator_open(model, total);
     float* logits = (float*)malloc_or_die(sizeof(float) * (size_t)model->config.V, "logits");
     uint64_t stream = rand_stream(RAND_SAMPLE, 0, 0, (uint64_t)step);

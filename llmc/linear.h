@@ -1,9 +1,11 @@
-// linear.h: the three GEMMs of a quantized linear layer. It names no recipe: the row of recipe.h says what each operand is.
+// linear.h: the three GEMMs of a quantized linear layer. It names no recipe: the row of recipe.h says what each operand
+// is.
 //
 //   forward   out (BT, OC) = x . w^T                          x = quantize(inp), w quantized once per optimizer step
 //   backward  dinp (BT, C) = [H^T mask] (dy . wt^T)           dweight (OC, C) += dyt . xt^T
-// Where the forward operands are rotated and saved, gradients come out in rotated space. That of inp is turned back at once. That
-// of the weight is a sum over micro-batches of one and the same linear map, so it stays rotated until linear_finish_gradient.
+// Where the forward operands are rotated and saved, gradients come out in rotated space. That of inp is turned back at
+// once. That of the weight is a sum over micro-batches of one and the same linear map, so it stays rotated until
+// linear_finish_gradient.
 #pragma once
 #include "ops.h"
 #include "recipe.h"
@@ -42,10 +44,11 @@ static size_t linear_scratch_bytes(const Recipe* recipe, int BT, int C, int OC) 
     return max_size(a, b);
 }
 
-// The operand (rows, cols) as the recipe's spec makes it of tensor, or of saved where the spec says so. transposed: the source
-// lies as (cols, rows). A spec without quantization is a view; transposition is then a flag that the GEMM library reads at no cost.
-static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Linear* linear, void* memory, int rows, int cols,
-                              const floatX* tensor, const QTensor* saved, int transposed, QuantStats* stats) {
+// The operand (rows, cols) as the recipe's spec makes it of tensor, or of saved where the spec says so. transposed: the
+// source lies as (cols, rows). A spec without quantization is a view; transposition is then a flag that the GEMM
+// library reads at no cost.
+static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Linear* linear, void* memory, int rows,
+                              int cols, const floatX* tensor, const QTensor* saved, int transposed, QuantStats* stats) {
     const Recipe* r = ctx->recipe;
     const QuantSpec* specs[] = {&r->x, &r->w, &r->dy, &r->wt, &r->dyt, &r->xt};
     QuantSpec spec = *specs[id];
@@ -56,17 +59,18 @@ static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Line
     QTensor out = qtensor_at(&spec, rows, cols, memory);
     // the two operands of a GEMM draw the same signs; every operand rounds with numbers of its own
     uint64_t gemm = (uint64_t)id / 2, kind = (uint64_t)linear->kind;
-    QuantizeArgs args = {.out = &out,
-                         .spec = spec,
-                         .tensor = tensor,
-                         .saved = saved,
-                         .transposed = transposed,
-                         .seed = ctx->seed,
-                         .sign_stream = rand_stream(RAND_SIGNS, (uint64_t)linear->layer, (uint64_t)ctx->micro, (uint64_t)ctx->step),
-                         .sign_index = (kind * 8 + gemm) << 56,
-                         .round_stream = rand_stream(RAND_ROUND, (uint64_t)linear->layer, (uint64_t)ctx->micro, (uint64_t)ctx->step),
-                         .round_index = (kind * 8 + (uint64_t)id) << 56,
-                         .stats = stats};
+    QuantizeArgs args = {
+        .out = &out,
+        .spec = spec,
+        .tensor = tensor,
+        .saved = saved,
+        .transposed = transposed,
+        .seed = ctx->seed,
+        .sign_stream = rand_stream(RAND_SIGNS, (uint64_t)linear->layer, (uint64_t)ctx->micro, (uint64_t)ctx->step),
+        .sign_index = (kind * 8 + gemm) << 56,
+        .round_stream = rand_stream(RAND_ROUND, (uint64_t)linear->layer, (uint64_t)ctx->micro, (uint64_t)ctx->step),
+        .round_index = (kind * 8 + (uint64_t)id) << 56,
+        .stats = stats};
     ctx->ops->quantize(&args);
     return out;
 }
@@ -77,7 +81,8 @@ static void linear_quantize_weight(const LinearContext* ctx, Linear* linear, voi
     linear->w = linear_operand(ctx, OPERAND_W, linear, memory, linear->OC, linear->C, linear->weight, NULL, 0, stats);
 }
 
-// out (BT, OC) = x . w^T. x, which backward needs, lies over memory of qtensor_bytes(x), or views inp where the recipe is dense.
+// out (BT, OC) = x . w^T. x, which backward needs, lies over memory of qtensor_bytes(x), or views inp where the recipe
+// is dense.
 static void linear_forward(const LinearContext* ctx, const Linear* linear, floatX* out, QTensor* x, void* memory,
                            const floatX* inp, int BT) {
     QuantStats* stats = ctx->telemetry ? &ctx->telemetry->x[linear->kind] : NULL;
@@ -87,8 +92,8 @@ static void linear_forward(const LinearContext* ctx, const Linear* linear, float
 }
 
 // dinp (BT, C) = gradient of inp; dweight += gradient of the weight, in rotated space where the recipe rotates
-static void linear_backward(const LinearContext* ctx, const Linear* linear, floatX* dinp, const floatX* dout, const QTensor* x,
-                            int BT) {
+static void linear_backward(const LinearContext* ctx, const Linear* linear, floatX* dinp, const floatX* dout,
+                            const QTensor* x, int BT) {
     const Recipe* recipe = ctx->recipe;
     int C = linear->C, OC = linear->OC;
     QTensor dy = linear_operand(ctx, OPERAND_DY, linear, ctx->operand_a, BT, OC, dout, NULL, 0, NULL);
@@ -100,7 +105,8 @@ static void linear_backward(const LinearContext* ctx, const Linear* linear, floa
     }
     QTensor dyt = linear_operand(ctx, OPERAND_DYT, linear, ctx->operand_a, OC, BT, dout, NULL, 1, NULL);
     QTensor xt = linear_operand(ctx, OPERAND_XT, linear, ctx->operand_b, C, BT, x->dense, x, 1, NULL);
-    GemmArgs weight = {.out = linear->dweight, .out_type = OUT_F32, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};
+    GemmArgs weight = {
+        .out = linear->dweight, .out_type = OUT_F32, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};
     ctx->ops->gemm(&weight);
 }
 

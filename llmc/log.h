@@ -1,8 +1,9 @@
 // log.h: what a run says: the console, OUT/metrics.jsonl, rates and the time left.
 //
-// metrics.jsonl holds one object a line: {"type":"run",..every option..}, then "step", "val", "save", "resume", "skip", "end" records. Losses are
-// nats per token, grad_norm is before clipping, dt_ms is the wall time of the step. A resumed run first drops the records of
-// steps after its checkpoint, so no step stands twice; the file is replaced by rename, never cut in place.
+// metrics.jsonl holds one object a line: {"type":"run",..every option..}, then "step", "val", "save", "resume", "skip",
+// "end" records. Losses are nats per token, grad_norm is before clipping, dt_ms is the wall time of the step. A resumed
+// run first drops the records of steps after its checkpoint, so no step stands twice; the file is replaced by rename,
+// never cut in place.
 #pragma once
 #include "checkpoint.h"
 
@@ -26,7 +27,8 @@ static void metrics_rewind(const char* path, int64_t step) {
     size_t capacity = 0;
     ssize_t length;
     while ((length = getline(&line, &capacity, old)) > 0) {
-        Json* record = line[length - 1] == '\n' ? json_try_parse(line, (size_t)length - 1, path, error, sizeof error) : NULL;
+        Json* record =
+            line[length - 1] == '\n' ? json_try_parse(line, (size_t)length - 1, path, error, sizeof error) : NULL;
         int64_t at = 0;
         if (record && (json_try_int(json_get(record, "step"), &at) != 0 || at <= step)) {
             fwrite(line, 1, (size_t)length, fresh);
@@ -64,7 +66,8 @@ static void log_close(Log* log) {
 static void log_line_end(Log* log) {
     fprintf(log->metrics, "}\n");
     if (fflush(log->metrics) != 0 && !log->complained) {
-        fprintf(stderr, "train_llama: cannot write '%s': %s; training goes on without its records\n", log->path, strerror(errno));
+        fprintf(stderr, "train_llama: cannot write '%s': %s; training goes on without its records\n", log->path,
+                strerror(errno));
         log->complained = 1;
         clearerr(log->metrics);
     }
@@ -81,9 +84,12 @@ static void log_number(Log* log, const char* key, double x, const char* format) 
 }
 
 static void log_run(Log* log, const Config* config, const Model* model, const RunState* state) {
-    fprintf(log->metrics, "{\"type\":\"run\",\"run_id\":\"%s\",\"program\":\"%s\",\"device\":\"%s\",\"precision\":\"%s\",\"parameters\":%zu,"
-                          "\"from_step\":%lld,\"options\":", state->run_id, PROGRAM_VERSION, model->ops->name, FLOATX_NAME,
-            model->table.elements, (long long)state->step);
+    fprintf(log->metrics,
+            "{\"type\":\"run\",\"run_id\":\"%s\",\"program\":\"%s\",\"device\":\"%s\",\"precision\":\"%s\","
+            "\"parameters\":%zu,"
+            "\"from_step\":%lld,\"options\":",
+            state->run_id, PROGRAM_VERSION, model->ops->name, FLOATX_NAME, model->table.elements,
+            (long long)state->step);
     config_write_json(log->metrics, config);
     log_line_end(log);
 }
@@ -116,9 +122,11 @@ static void log_telemetry(Log* log, const LinearTelemetry* telemetry) {
     fprintf(log->metrics, ",\"fp4\":{");
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         const QuantStats *x = &telemetry->x[kind], *w = &telemetry->w[kind];
-        fprintf(log->metrics, "%s\"%s\":{\"x_error\":%.5g,\"x_clipped\":%.5g,\"x_zero\":%.5g,\"w_error\":%.5g,\"w_clipped\":%.5g,"
-                              "\"w_zero\":%.5g}", kind ? "," : "", LINEAR_NAMES[kind], sqrt(x->error_sq / (x->input_sq + 1e-300)),
-                x->clipped / x->count, x->zero / x->count, sqrt(w->error_sq / (w->input_sq + 1e-300)), w->clipped / w->count,
+        fprintf(log->metrics,
+                "%s\"%s\":{\"x_error\":%.5g,\"x_clipped\":%.5g,\"x_zero\":%.5g,\"w_error\":%.5g,\"w_clipped\":%.5g,"
+                "\"w_zero\":%.5g}",
+                kind ? "," : "", LINEAR_NAMES[kind], sqrt(x->error_sq / (x->input_sq + 1e-300)), x->clipped / x->count,
+                x->zero / x->count, sqrt(w->error_sq / (w->input_sq + 1e-300)), w->clipped / w->count,
                 w->zero / w->count);
     }
     fprintf(log->metrics, "}");
@@ -141,12 +149,12 @@ static void log_step(Log* log, const StepRecord* r) {
     }
     format_duration(eta, sizeof eta, log->step_seconds * (double)(r->steps - r->step));
     format_count(tokens_per_second, sizeof tokens_per_second, rate);
-    printf("step %6lld/%lld | loss %7.4f | norm %7.3f | lr %.2e | %7.1f ms | %s tok/s%s | eta %s%s\n", (long long)r->step,
-           (long long)r->steps, r->loss, r->grad_norm, r->lr, r->seconds * 1e3, tokens_per_second, mfu, eta,
-           r->skipped ? " | SKIPPED: not finite, weights unchanged" : "");
+    printf("step %6lld/%lld | loss %7.4f | norm %7.3f | lr %.2e | %7.1f ms | %s tok/s%s | eta %s%s\n",
+           (long long)r->step, (long long)r->steps, r->loss, r->grad_norm, r->lr, r->seconds * 1e3, tokens_per_second,
+           mfu, eta, r->skipped ? " | SKIPPED: not finite, weights unchanged" : "");
     fflush(stdout);
-    fprintf(log->metrics, "{\"type\":\"%s\",\"step\":%lld,\"tokens\":%lld", r->skipped ? "skip" : "step", (long long)r->step,
-            (long long)r->tokens);
+    fprintf(log->metrics, "{\"type\":\"%s\",\"step\":%lld,\"tokens\":%lld", r->skipped ? "skip" : "step",
+            (long long)r->step, (long long)r->tokens);
     log_number(log, "loss", r->loss, "%.9g");
     log_number(log, "grad_norm", r->grad_norm, "%.9g");
     log_number(log, "lr", r->lr, "%.9g");
@@ -170,8 +178,10 @@ static void log_val(Log* log, int64_t step, int64_t tokens, double loss) {
 }
 
 // save, resume, end
-static void log_event(Log* log, const char* type, int64_t step, int64_t tokens, const char* key, const char* text, double seconds) {
-    fprintf(log->metrics, "{\"type\":\"%s\",\"step\":%lld,\"tokens\":%lld,\"%s\":", type, (long long)step, (long long)tokens, key);
+static void log_event(Log* log, const char* type, int64_t step, int64_t tokens, const char* key, const char* text,
+                      double seconds) {
+    fprintf(log->metrics, "{\"type\":\"%s\",\"step\":%lld,\"tokens\":%lld,\"%s\":", type, (long long)step,
+            (long long)tokens, key);
     json_write_string(log->metrics, text);
     log_number(log, "seconds", seconds, "%.3f");
     log_line_end(log);

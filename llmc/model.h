@@ -1,11 +1,11 @@
-// model.h: the Llama. Memory, forward and backward, in terms of ops.h and linear.h only: no backend and no recipe is named here.
+// model.h: the Llama. Memory, forward and backward, in terms of ops.h and linear.h only: no backend and no recipe is
+// named here.
 //
-//   x_0 = embed(tokens);  for each block: a = x + o(attention(rope(qkv(norm1(x)))));  x' = a + down(swiglu(gate_up(norm2(a))))
-//   loss = mean crossentropy(lm_head(norm(x_L)), targets)
-// The head and the cross-entropy run over chunks of rows, so that logits are never (BT, V) at once; in training each chunk makes its
-// gradient at once, and backward starts from dfinal.
-// Every buffer is cut from one layout function, model_layout: with memory it assigns, without it counts (--plan), so the two
-// cannot differ.
+//   x_0 = embed(tokens);  for each block: a = x + o(attention(rope(qkv(norm1(x)))));  x' = a +
+//   down(swiglu(gate_up(norm2(a)))) loss = mean crossentropy(lm_head(norm(x_L)), targets)
+// The head and the cross-entropy run over chunks of rows, so that logits are never (BT, V) at once; in training each
+// chunk makes its gradient at once, and backward starts from dfinal. Every buffer is cut from one layout function,
+// model_layout: with memory it assigns, without it counts (--plan), so the two cannot differ.
 #pragma once
 #include "linear.h"
 #include "model_config.h"
@@ -178,7 +178,9 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
     }
     case MEMORY_ACTIVATIONS: model_layout_activations(model, arena); break;
     case MEMORY_BACKWARD: model_layout_backward(model, arena); break;
-    case MEMORY_CLASSIFIER: model->logits = (floatX*)arena_take(arena, (size_t)model->classifier_rows * m->V * sizeof(floatX)); break;
+    case MEMORY_CLASSIFIER:
+        model->logits = (floatX*)arena_take(arena, (size_t)model->classifier_rows * m->V * sizeof(floatX));
+        break;
     case MEMORY_BATCH:
         model->inputs = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
         model->targets = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
@@ -194,8 +196,9 @@ static int classifier_chunk_rows(int BT, int V) {
     return (int)max_i64(1, min_i64(BT, rows >= 64 ? rows / 64 * 64 : rows));
 }
 
-// Floating-point operations of one trained token: 6 per parameter of a matrix that multiplies (forward 2, backward 4; the embedding does
-// not), and causal attention 12 L T A / 2 with A = NH * HS. MFU is this times tokens per second over the device's peak.
+// Floating-point operations of one trained token: 6 per parameter of a matrix that multiplies (forward 2, backward 4;
+// the embedding does not), and causal attention 12 L T A / 2 with A = NH * HS. MFU is this times tokens per second over
+// the device's peak.
 static double model_flops_per_token(const Model* model) {
     const ModelConfig* m = &model->config;
     double matrices = (double)model->table.block_size * m->L + (double)m->V * m->C;
@@ -224,8 +227,8 @@ static void model_check(const Model* model) {
     const char* fault = recipe_fault(recipe);
     check(!fault, "internal: recipe %s: %s", recipe->name, fault);
     for (int i = 0; i < 6; i++) {
-        check_or(model->ops->quantize_supports(specs[i]), EXIT_USAGE, "--recipe %s needs a quantizer that device %s does not have",
-                 recipe->name, model->ops->name);
+        check_or(model->ops->quantize_supports(specs[i]), EXIT_USAGE,
+                 "--recipe %s needs a quantizer that device %s does not have", recipe->name, model->ops->name);
     }
     if (recipe->x.format == FORMAT_FLOATX) {
         return;
@@ -234,8 +237,10 @@ static void model_check(const Model* model) {
         int C, OC;
         linear_shape(m, (LinearKind)kind, &C, &OC);
         check_or(C % GROUP == 0 && OC % GROUP == 0, EXIT_USAGE,
-                 "--recipe %s needs sizes that are multiples of %d, but the %s layer is %d x %d; change --channels, --ffn or "
-                 "--heads", recipe->name, GROUP, LINEAR_NAMES[kind], OC, C);
+                 "--recipe %s needs sizes that are multiples of %d, but the %s layer is %d x %d; change --channels, "
+                 "--ffn or "
+                 "--heads",
+                 recipe->name, GROUP, LINEAR_NAMES[kind], OC, C);
     }
     check_or((int64_t)model->B * model->T % GROUP == 0, EXIT_USAGE,
              "--recipe %s needs a micro-batch of a multiple of %d tokens, but --batch-size %d x --seq-len %d is %d",
@@ -263,8 +268,9 @@ static void model_prepare(Model* model, const Ops* ops, const ModelConfig* confi
     }
 }
 
-// cos and sin of position * theta^(-2j/HS), the frequencies stretched as Llama 3.1 does where rope_scaling says so: wavelengths
-// longer than original/low are divided by factor, those shorter than original/high stay, between them it is linear in 1/wavelength
+// cos and sin of position * theta^(-2j/HS), the frequencies stretched as Llama 3.1 does where rope_scaling says so:
+// wavelengths longer than original/low are divided by factor, those shorter than original/high stay, between them it is
+// linear in 1/wavelength
 static void rope_table_fill(float* table, const ModelConfig* m) {
     for (int j = 0; j < m->HS / 2; j++) {
         double frequency = pow(m->rope_theta, -2.0 * j / m->HS);
@@ -319,7 +325,8 @@ static void model_free(Model* model) {
     free(model->table.list);
 }
 
-// Initial master weights from the seed, and the parameters rounded from them. Element i of a tensor is a function of (seed, tensor, i).
+// Initial master weights from the seed, and the parameters rounded from them. Element i of a tensor is a function of
+// (seed, tensor, i).
 static void model_init_weights(Model* model, uint64_t seed) {
     const size_t chunk = 1 << 16;
     float* values = (float*)malloc_or_die(chunk * sizeof(float), "initial weights");
@@ -361,8 +368,8 @@ static void model_quantize_weights(Model* model) {
     model->weights_quantized = 1;
 }
 
-// From norm1, the normalized entry of the block, to the entry of the next block and its norm: each residual add is one operation with
-// the norm behind it.
+// From norm1, the normalized entry of the block, to the entry of the next block and its norm: each residual add is one
+// operation with the norm behind it.
 static void model_forward_block(Model* model, int l) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
@@ -377,15 +384,19 @@ static void model_forward_block(Model* model, int l) {
     ops->rope(b->qkv, model->rope_table, shape, 0, 0);
     ops->attention_forward(b->att, b->lse, b->qkv, shape);
     linear_forward(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O], b->x_memory[LINEAR_O], b->att, BT);
-    ops->add_rmsnorm_forward(b->mid, b->norm2, b->rstd2, b->inp, model->projection, model_weight(model, P_NORM2, l), BT, m->C, eps);
-
-    linear_forward(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP], b->x_memory[LINEAR_GATE_UP], b->norm2, BT);
-    ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
-    linear_forward(ctx, &linears[LINEAR_DOWN], model->projection, &b->x[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act, BT);
-    BlockActivations* next = last ? NULL : b + 1;
-    ops->add_rmsnorm_forward(last ? model->out : next->inp, last ? model->final_norm : next->norm1, last ? model->rstd_final : next->rstd1,
-                             b->mid, model->projection, last ? model_weight(model, P_NORM, -1) : model_weight(model, P_NORM1, l + 1), BT,
+    ops->add_rmsnorm_forward(b->mid, b->norm2, b->rstd2, b->inp, model->projection, model_weight(model, P_NORM2, l), BT,
                              m->C, eps);
+
+    linear_forward(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP], b->x_memory[LINEAR_GATE_UP],
+                   b->norm2, BT);
+    ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
+    linear_forward(ctx, &linears[LINEAR_DOWN], model->projection, &b->x[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act,
+                   BT);
+    BlockActivations* next = last ? NULL : b + 1;
+    ops->add_rmsnorm_forward(last ? model->out : next->inp, last ? model->final_norm : next->norm1,
+                             last ? model->rstd_final : next->rstd1, b->mid, model->projection,
+                             last ? model_weight(model, P_NORM, -1) : model_weight(model, P_NORM1, l + 1), BT, m->C,
+                             eps);
 }
 
 // losses of all rows; where with_grad, dnorm (BT, C) = gradient of final_norm and the head's gradient +=
@@ -400,15 +411,20 @@ static void model_classifier(Model* model, float grad_scale, int with_grad) {
         int rows = min_int(model->classifier_rows, BT - row);
         const floatX* x = model->final_norm + (size_t)row * m->C;
         QTensor inp = qtensor_view(x, rows, m->C, 0);
-        GemmArgs forward = {.out = model->logits, .out_type = OUT_FLOATX, .accumulate = 0, .a = &inp, .b = &weight, .alpha = 1.0f};
+        GemmArgs forward = {
+            .out = model->logits, .out_type = OUT_FLOATX, .accumulate = 0, .a = &inp, .b = &weight, .alpha = 1.0f};
         ops->gemm(&forward);
         ops->crossentropy(model->losses + row, model->logits, model->targets + row, rows, m->V, grad_scale, with_grad);
         if (with_grad) {
             QTensor dlogits = qtensor_view(model->logits, rows, m->V, 0);
             QTensor dlogits_t = qtensor_view(model->logits, m->V, rows, 1);
             QTensor inp_t = qtensor_view(x, m->C, rows, 1);
-            GemmArgs input = {.out = model->dnorm + (size_t)row * m->C, .out_type = OUT_FLOATX, .accumulate = 0, .a = &dlogits,
-                              .b = &weight_t, .alpha = 1.0f};
+            GemmArgs input = {.out = model->dnorm + (size_t)row * m->C,
+                              .out_type = OUT_FLOATX,
+                              .accumulate = 0,
+                              .a = &dlogits,
+                              .b = &weight_t,
+                              .alpha = 1.0f};
             ops->gemm(&input);
             GemmArgs grad = {.out = model_grad(model, head, -1), .out_type = OUT_F32, .accumulate = 1, .a = &dlogits_t,
                              .b = &inp_t, .alpha = 1.0f};
@@ -417,9 +433,11 @@ static void model_classifier(Model* model, float grad_scale, int with_grad) {
     }
 }
 
-// One micro-batch; its losses are added to control->loss_sum. inputs, targets: (B*T) host arrays, free for reuse on return. grad_scale
-// multiplies every gradient: 1 / tokens of the whole step makes the step's gradient the gradient of its mean loss.
-static void model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale, int with_grad) {
+// One micro-batch; its losses are added to control->loss_sum. inputs, targets: (B*T) host arrays, free for reuse on
+// return. grad_scale multiplies every gradient: 1 / tokens of the whole step makes the step's gradient the gradient of
+// its mean loss.
+static void model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale,
+                          int with_grad) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
     BlockActivations* first = &model->blocks[0];
@@ -428,7 +446,8 @@ static void model_forward(Model* model, const int32_t* inputs, const int32_t* ta
     ops->copy_to_device(model->targets, targets, BT * sizeof(int32_t));
     model_quantize_weights(model);
     ops->embedding_forward(first->inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
-    ops->rmsnorm_forward(first->norm1, first->rstd1, first->inp, model_weight(model, P_NORM1, 0), (int)BT, m->C, (float)m->rms_eps);
+    ops->rmsnorm_forward(first->norm1, first->rstd1, first->inp, model_weight(model, P_NORM1, 0), (int)BT, m->C,
+                         (float)m->rms_eps);
     for (int l = 0; l < m->L; l++) {
         model_forward_block(model, l);
     }

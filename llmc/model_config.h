@@ -1,8 +1,9 @@
 // model_config.h: the shape of a Llama: presets, Hugging Face config.json both ways, and the table of its parameters.
 //
-// PARAM_SPECS has one row per parameter of a block and of the model; everything that walks over parameters (layout, init, weight
-// decay, quantization, checkpoints, --plan) reads that table. Parameters lie in one flat buffer, layer by layer in the order
-// of the table, so q, k, v and gate, up are each one contiguous matrix that a fused linear layer uses as it lies.
+// PARAM_SPECS has one row per parameter of a block and of the model; everything that walks over parameters (layout,
+// init, weight decay, quantization, checkpoints, --plan) reads that table. Parameters lie in one flat buffer, layer by
+// layer in the order of the table, so q, k, v and gate, up are each one contiguous matrix that a fused linear layer
+// uses as it lies.
 #pragma once
 #include "config.h"
 #include "json.h"
@@ -30,20 +31,20 @@ typedef struct {
 
 #define QUARTET_BATCH 262144
 static const Preset PRESETS[] = {
-    // name          L   C     NH  NKV F      V       T     tied theta factor lr      batch          what
-    {"tiny",           4, 128,   4,  4, 384,   288,    128, 0, 1e4, 0,  4e-3,    4096,          "quick start on a CPU, byte tokens"},
-    {"30m",            6, 640,   5,  5, 1792,  32000,  512, 0, 1e4, 0,  1.2e-3,  QUARTET_BATCH, "Quartet paper"},
-    {"50m",            7, 768,   6,  6, 2048,  32000,  512, 0, 1e4, 0,  1.2e-3,  QUARTET_BATCH, "Quartet paper"},
-    {"100m",           8, 1024,  8,  8, 2816,  32000,  512, 0, 1e4, 0,  6e-4,    QUARTET_BATCH, "Quartet paper"},
-    {"200m",          10, 1280, 10, 10, 3584,  32000,  512, 0, 1e4, 0,  3e-4,    QUARTET_BATCH, "Quartet paper"},
-    {"430m",          13, 1664, 13, 13, 4608,  32000,  512, 0, 1e4, 0,  1.5e-4,  QUARTET_BATCH, "Quartet paper"},
-    {"800m",          16, 2048, 16, 16, 5632,  32000,  512, 0, 1e4, 0,  7.5e-5,  QUARTET_BATCH, "Quartet paper"},
-    {"1.6b",          20, 2560, 20, 20, 6912,  32000,  512, 0, 1e4, 0,  3.75e-5, QUARTET_BATCH, "Quartet paper"},
-    {"7b",            32, 4096, 32, 32, 11008, 32000,  512, 0, 1e4, 0,  9.4e-6,  QUARTET_BATCH, "Quartet paper"},
-    {"tinyllama-1.1b", 22, 2048, 32, 4, 5632,  32000, 2048, 0, 1e4, 0,  4e-4,    2097152,       "TinyLlama"},
-    {"llama2-7b",     32, 4096, 32, 32, 11008, 32000, 4096, 0, 1e4, 0,  3e-4,    4194304,       "Llama 2"},
-    {"llama3.2-1b",   16, 2048, 32,  8, 8192, 128256, 4096, 1, 5e5, 32, 3e-4,    4194304,       "Llama 3.2"},
-    {"llama3-8b",     32, 4096, 32,  8, 14336, 128256, 8192, 0, 5e5, 0, 3e-4,    4194304,       "Llama 3"},
+    // name            L   C     NH  NKV F      V       T     tied theta factor lr    batch tokens   what
+    {"tiny",           4,  128,  4,  4,  384,   288,    128,  0, 1e4, 0,  4e-3,    4096,          "quick start on a CPU"},
+    {"30m",            6,  640,  5,  5,  1792,  32000,  512,  0, 1e4, 0,  1.2e-3,  QUARTET_BATCH, "Quartet paper"},
+    {"50m",            7,  768,  6,  6,  2048,  32000,  512,  0, 1e4, 0,  1.2e-3,  QUARTET_BATCH, "Quartet paper"},
+    {"100m",           8,  1024, 8,  8,  2816,  32000,  512,  0, 1e4, 0,  6e-4,    QUARTET_BATCH, "Quartet paper"},
+    {"200m",           10, 1280, 10, 10, 3584,  32000,  512,  0, 1e4, 0,  3e-4,    QUARTET_BATCH, "Quartet paper"},
+    {"430m",           13, 1664, 13, 13, 4608,  32000,  512,  0, 1e4, 0,  1.5e-4,  QUARTET_BATCH, "Quartet paper"},
+    {"800m",           16, 2048, 16, 16, 5632,  32000,  512,  0, 1e4, 0,  7.5e-5,  QUARTET_BATCH, "Quartet paper"},
+    {"1.6b",           20, 2560, 20, 20, 6912,  32000,  512,  0, 1e4, 0,  3.75e-5, QUARTET_BATCH, "Quartet paper"},
+    {"7b",             32, 4096, 32, 32, 11008, 32000,  512,  0, 1e4, 0,  9.4e-6,  QUARTET_BATCH, "Quartet paper"},
+    {"tinyllama-1.1b", 22, 2048, 32, 4,  5632,  32000,  2048, 0, 1e4, 0,  4e-4,    2097152,       "TinyLlama"},
+    {"llama2-7b",      32, 4096, 32, 32, 11008, 32000,  4096, 0, 1e4, 0,  3e-4,    4194304,       "Llama 2"},
+    {"llama3.2-1b",    16, 2048, 32, 8,  8192,  128256, 4096, 1, 5e5, 32, 3e-4,    4194304,       "Llama 3.2"},
+    {"llama3-8b",      32, 4096, 32, 8,  14336, 128256, 8192, 0, 5e5, 0,  3e-4,    4194304,       "Llama 3"},
 };
 #define PRESET_COUNT ((int)(sizeof PRESETS / sizeof PRESETS[0]))
 
@@ -51,8 +52,8 @@ static void presets_print(FILE* file) {
     fprintf(file, "\nPresets (--model)    layers channels heads kv   ffn   vocab seq-len   lr      batch-tokens\n");
     for (int i = 0; i < PRESET_COUNT; i++) {
         const Preset* p = &PRESETS[i];
-        fprintf(file, "  %-18s %6d %8d %5d %3d %6d %7d %6d   %-8g %9lld  %s\n", p->name, p->L, p->C, p->NH, p->NKV, p->F, p->V,
-                p->T, p->lr, (long long)p->batch_tokens, p->what);
+        fprintf(file, "  %-18s %6d %8d %5d %3d %6d %7d %6d   %-8g %9lld  %s\n", p->name, p->L, p->C, p->NH, p->NKV,
+                p->F, p->V, p->T, p->lr, (long long)p->batch_tokens, p->what);
     }
 }
 
@@ -72,7 +73,8 @@ static void model_config_read_rope(ModelConfig* m, const Json* root, const char*
     if (!strcmp(type, "default")) {
         return;
     }
-    check_or(!strcmp(type, "llama3"), EXIT_BAD_DATA, "'%s': rope type '%s' is not supported; default and llama3 are", path, type);
+    check_or(!strcmp(type, "llama3"), EXIT_BAD_DATA, "'%s': rope type '%s' is not supported; default and llama3 are",
+             path, type);
     m->rope_factor = json_double_or(rope, "factor", 8.0);
     m->rope_low = json_double_or(rope, "low_freq_factor", 1.0);
     m->rope_high = json_double_or(rope, "high_freq_factor", 4.0);
@@ -87,7 +89,8 @@ static ModelConfig model_config_read(const char* path) {
     check_or(!json_bool_or(root, "attention_bias", 0) && !json_bool_or(root, "mlp_bias", 0), EXIT_BAD_DATA,
              "'%s': linear layers with biases are not supported", path);
     const char* activation = json_string_or(root, "hidden_act", "silu");
-    check_or(!strcmp(activation, "silu"), EXIT_BAD_DATA, "'%s': hidden_act '%s' is not supported; silu is", path, activation);
+    check_or(!strcmp(activation, "silu"), EXIT_BAD_DATA, "'%s': hidden_act '%s' is not supported; silu is", path,
+             activation);
     m.C = (int)json_int(json_need(root, "hidden_size"));
     m.L = (int)json_int(json_need(root, "num_hidden_layers"));
     m.NH = (int)json_int(json_need(root, "num_attention_heads"));
@@ -105,12 +108,17 @@ static ModelConfig model_config_read(const char* path) {
 
 // separator: token id of the document separator (bos), or -1
 static void model_config_write(FILE* file, const ModelConfig* m, int separator) {
-    fprintf(file, "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"torch_dtype\": \"%s\",\n",
-            sizeof(floatX) == 2 ? "bfloat16" : "float32");
-    fprintf(file, "  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n", m->C, m->L, m->NH);
-    fprintf(file, "  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n  \"intermediate_size\": %d,\n", m->NKV, m->HS, m->F);
+    fprintf(
+        file,
+        "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"torch_dtype\": \"%s\",\n",
+        sizeof(floatX) == 2 ? "bfloat16" : "float32");
+    fprintf(file, "  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n", m->C, m->L,
+            m->NH);
+    fprintf(file, "  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n  \"intermediate_size\": %d,\n", m->NKV, m->HS,
+            m->F);
     fprintf(file, "  \"vocab_size\": %d,\n  \"max_position_embeddings\": %d,\n", m->V, m->max_positions);
-    fprintf(file, "  \"hidden_act\": \"silu\",\n  \"rms_norm_eps\": %.10g,\n  \"rope_theta\": %.10g,\n", m->rms_eps, m->rope_theta);
+    fprintf(file, "  \"hidden_act\": \"silu\",\n  \"rms_norm_eps\": %.10g,\n  \"rope_theta\": %.10g,\n", m->rms_eps,
+            m->rope_theta);
     if (m->rope_factor > 0) {
         fprintf(file, "  \"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": %.10g, \"low_freq_factor\": %.10g, "
                       "\"high_freq_factor\": %.10g, \"original_max_position_embeddings\": %d},\n",
@@ -131,12 +139,13 @@ static void model_config_write(FILE* file, const ModelConfig* m, int separator) 
 
 static void model_config_check(const ModelConfig* m) {
     check_or(m->L > 0 && m->C > 0 && m->NH > 0 && m->NKV > 0 && m->F > 0 && m->V > 1 && m->HS > 0, EXIT_USAGE,
-             "a model needs positive sizes: layers %d, channels %d, heads %d, kv heads %d, head size %d, ffn %d, vocabulary %d",
+             "a model needs positive sizes: layers %d, channels %d, heads %d, kv heads %d, head size %d, ffn %d, "
+             "vocabulary %d",
              m->L, m->C, m->NH, m->NKV, m->HS, m->F, m->V);
     check_or(m->L < 4096, EXIT_USAGE, "--layers %d is above the 4095 that random streams are numbered for", m->L);
     check_or(m->NH % m->NKV == 0, EXIT_USAGE, "--heads %d is not a multiple of --kv-heads %d", m->NH, m->NKV);
-    check_or(m->HS % 2 == 0, EXIT_USAGE, "head size %d (channels %d / heads %d) is odd; rotary embedding needs pairs", m->HS,
-             m->C, m->NH);
+    check_or(m->HS % 2 == 0, EXIT_USAGE, "head size %d (channels %d / heads %d) is odd; rotary embedding needs pairs",
+             m->HS, m->C, m->NH);
     check_or(m->rope_theta > 0 && m->rms_eps > 0, EXIT_USAGE, "--rope-theta %g and rms_norm_eps %g must be positive",
              m->rope_theta, m->rms_eps);
 }
@@ -161,8 +170,8 @@ static const Preset* preset_find(const char* name) {
         }
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", PRESETS[i].name);
     }
-    die(EXIT_USAGE, "--model '%s' is neither a preset nor a folder with a config.json; did you mean %s? Presets: %s", name,
-        nearest, names);
+    die(EXIT_USAGE, "--model '%s' is neither a preset nor a folder with a config.json; did you mean %s? Presets: %s",
+        name, nearest, names);
 }
 
 // a knob that the user left at auto takes the preset's value
@@ -181,9 +190,22 @@ static void knob_fill_real(Config* config, int id, double value) {
 }
 
 static ModelConfig preset_model(const Preset* p) {
-    ModelConfig m = {.name = {}, .L = p->L, .C = p->C, .NH = p->NH, .NKV = p->NKV, .HS = p->C / p->NH, .F = p->F, .V = p->V,
-                     .tied = p->tied, .max_positions = p->T, .rope_theta = p->rope_theta, .rms_eps = 1e-5,
-                     .rope_factor = p->rope_factor, .rope_low = 1.0, .rope_high = 4.0, .rope_original = 8192};
+    ModelConfig m = {.name = {},
+                     .L = p->L,
+                     .C = p->C,
+                     .NH = p->NH,
+                     .NKV = p->NKV,
+                     .HS = p->C / p->NH,
+                     .F = p->F,
+                     .V = p->V,
+                     .tied = p->tied,
+                     .max_positions = p->T,
+                     .rope_theta = p->rope_theta,
+                     .rms_eps = 1e-5,
+                     .rope_factor = p->rope_factor,
+                     .rope_low = 1.0,
+                     .rope_high = 4.0,
+                     .rope_original = 8192};
     snprintf(m.name, sizeof m.name, "%s", p->name);
     return m;
 }
@@ -222,11 +244,13 @@ static ModelConfig model_config_resolve(Config* config) {
     knob_fill_real(config, ID_rope_theta, m.rope_theta);
     const int64_t most = 1 << 30;
     check_or(config->layers < most && config->channels < most && config->heads < most && config->kv_heads < most &&
-             config->ffn < most && config->vocab_size < most && config->seq_len < most && config->seq_len > 0, EXIT_USAGE,
-             "a model dimension is out of range (1 to 2^30)");
+                 config->ffn < most && config->vocab_size < most && config->seq_len < most && config->seq_len > 0,
+             EXIT_USAGE, "a model dimension is out of range (1 to 2^30)");
     m.L = (int)config->layers, m.C = (int)config->channels, m.NH = (int)config->heads, m.NKV = (int)config->kv_heads;
-    m.F = (int)config->ffn, m.V = (int)config->vocab_size, m.tied = config->tied != 0, m.rope_theta = config->rope_theta;
-    check_or(m.NH > 0 && (!reshaped || m.C % m.NH == 0), EXIT_USAGE, "--channels %d is not a multiple of --heads %d", m.C, m.NH);
+    m.F = (int)config->ffn, m.V = (int)config->vocab_size, m.tied = config->tied != 0,
+    m.rope_theta = config->rope_theta;
+    check_or(m.NH > 0 && (!reshaped || m.C % m.NH == 0), EXIT_USAGE, "--channels %d is not a multiple of --heads %d",
+             m.C, m.NH);
     m.HS = reshaped ? m.C / m.NH : m.HS;
     m.max_positions = max_int(m.max_positions, (int)config->seq_len);
     model_config_check(&m);
@@ -326,6 +350,7 @@ static const Param* param_at(const ParamTable* table, ParamKind kind, int layer)
     int blocks = (table->count - 1) / per_block;
     int index = kind == P_EMBED ? 0 : kind <= P_LAST_OF_BLOCK ? 1 + layer * per_block + (kind - P_FIRST_OF_BLOCK)
                                                                : 1 + blocks * per_block + (kind - P_NORM);
-    check(index < table->count && table->list[index].kind == kind, "internal: no parameter %d of layer %d", kind, layer);
+    check(index < table->count && table->list[index].kind == kind, "internal: no parameter %d of layer %d", kind,
+          layer);
     return &table->list[index];
 }

@@ -1,10 +1,13 @@
-// ops.h: every operation of the program, one row each. A backend (cpu, cuda) fills one struct Ops; the model sees nothing else.
+// ops.h: every operation of the program, one row each. A backend (cpu, cuda) fills one struct Ops; the model sees
+// nothing else.
 //
-// Conventions: outputs first, then inputs, then sizes. `=` overwrites and `+=` accumulates, as each row says: weight gradients
-// accumulate, all else overwrites. Tensors are contiguous, the last index runs fastest. Activations and parameters are floatX,
-// gradients of parameters and optimizer state f32, statistics f32; all sums are in f32 or better.
-//   B batch rows, T time, BT = B*T tokens, C channels, F ffn width, NH query heads, NKV key/value heads, HS head size, V vocabulary.
-//   qkv (B, T, (NH + 2 NKV) * HS): the query heads, then the key heads, then the value heads of each token.
+// Conventions: outputs first, then inputs, then sizes. `=` overwrites and `+=` accumulates, as each row says: weight
+// gradients accumulate, all else overwrites. Tensors are contiguous, the last index runs fastest. Activations and
+// parameters are floatX, gradients of parameters and optimizer state f32, statistics f32; all sums are in f32 or
+// better.
+//   B batch rows, T time, BT = B*T tokens, C channels, F ffn width, NH query heads, NKV key/value heads, HS head size,
+//   V vocabulary. qkv (B, T, (NH + 2 NKV) * HS): the query heads, then the key heads, then the value heads of each
+//   token.
 // In-place use is allowed where a row says so and nowhere else.
 #pragma once
 #include "quant.h"
@@ -24,8 +27,9 @@ typedef struct {
     float alpha;
 } GemmArgs;
 
-// What a step knows of itself, in device memory, so that the host need not be asked inside a step. The host writes lr and corrections
-// (1 - beta^t, t the update's number from 1) and zeroes the sums before the step, and reads all of it once at its end.
+// What a step knows of itself, in device memory, so that the host need not be asked inside a step. The host writes lr
+// and corrections (1 - beta^t, t the update's number from 1) and zeroes the sums before the step, and reads all of it
+// once at its end.
 typedef struct {
     double loss_sum;      // nats over the step's tokens
     double grad_squares;  // of the gradients before clipping
@@ -34,7 +38,8 @@ typedef struct {
     int32_t skip;         // loss or gradients are not finite: the update leaves everything as it is
 } StepControl;
 
-// norm = sqrt(grad_squares); grad_scale = min(1, grad_clip / norm), 1 where grad_clip is 0; skip where norm or loss is not finite
+// norm = sqrt(grad_squares); grad_scale = min(1, grad_clip / norm), 1 where grad_clip is 0; skip where norm or loss is
+// not finite
 static HOST_DEVICE inline void step_decide(StepControl* control, float grad_clip) {
     double norm = sqrt(control->grad_squares);
     control->skip = !isfinite(norm) || !isfinite(control->loss_sum);
@@ -62,8 +67,8 @@ typedef struct Ops {
     void (*synchronize)(void);
     // scratch that depends on the largest micro-batch, once before the first operation of that shape
     void (*reserve)(AttentionShape shape);
-    // bytes that the backend holds besides what alloc gave out: its own scratch (largest[i]: elements of the largest left and right
-    // operand of a GEMM); its program and libraries
+    // bytes that the backend holds besides what alloc gave out: its own scratch (largest[i]: elements of the largest
+    // left and right operand of a GEMM); its program and libraries
     size_t (*scratch_bytes)(OperandSizes largest, AttentionShape shape, int threads);
     size_t (*program_bytes)(int threads);
     // dense bf16 peak of the device in FLOP/s, from its datasheet; 0 where it is not known
@@ -76,13 +81,14 @@ typedef struct Ops {
     void (*embedding_backward)(float* dweight, const floatX* dout, const int32_t* tokens, int BT, int C);
 
     // out (BT, C) = inp / rms(inp) * weight, rms = sqrt(mean(inp^2) + eps); rstd (BT) = 1/rms is kept for backward
-    void (*rmsnorm_forward)(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C, float eps);
+    void (*rmsnorm_forward)(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C,
+                            float eps);
     // sum = a + b, then rmsnorm of sum: the residual add and the norm behind it; sum may be in place on a
-    void (*add_rmsnorm_forward)(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight, int BT, int C,
-                                float eps);
+    void (*add_rmsnorm_forward)(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b,
+                                const floatX* weight, int BT, int C, float eps);
     // dinp (BT, C) = dresidual (or 0 where NULL) + gradient of inp; may be in place on dresidual. dweight (C) +=
-    void (*rmsnorm_backward)(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual, const floatX* inp,
-                             const floatX* weight, const float* rstd, int BT, int C);
+    void (*rmsnorm_backward)(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual,
+                             const floatX* inp, const floatX* weight, const float* rstd, int BT, int C);
 
     // out = a + b, n elements; may be in place on either
     void (*add)(floatX* out, const floatX* a, const floatX* b, size_t n);
@@ -91,22 +97,23 @@ typedef struct Ops {
     // (j, j + HS/2). table (positions, HS/2, 2) holds cos, sin. inverse = 1 turns back, which is the backward pass.
     void (*rope)(floatX* qkv, const float* table, AttentionShape shape, int first_position, int inverse);
 
-    // causal attention: out (B, T, NH*HS) = softmax(q k^T / sqrt(HS)) v; lse (B, NH, T) = log sum exp, kept for backward
+    // causal attention: out (B, T, NH*HS) = softmax(q k^T / sqrt(HS)) v; lse (B, NH, T) = log sum exp, kept for
+    // backward
     void (*attention_forward)(floatX* out, float* lse, const floatX* qkv, AttentionShape shape);
     // dqkv = gradient of qkv
     void (*attention_backward)(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
                                AttentionShape shape);
     // decoding, B = 1: append the keys and values of shape.T new tokens to caches (position, NKV*HS) and attend to all
-    void (*attention_cached)(floatX* out, floatX* key_cache, floatX* value_cache, const floatX* qkv, AttentionShape shape,
-                             int first_position);
+    void (*attention_cached)(floatX* out, floatX* key_cache, floatX* value_cache, const floatX* qkv,
+                             AttentionShape shape, int first_position);
 
     // out (BT, F) = silu(gate) * up, inp (BT, 2F) = gate, up
     void (*swiglu_forward)(floatX* out, const floatX* inp, int BT, int F);
     // dinp (BT, 2F) =
     void (*swiglu_backward)(floatX* dinp, const floatX* dout, const floatX* inp, int BT, int F);
 
-    // losses (rows) = -log softmax(logits)[target] in nats; where with_grad, logits (rows, V) becomes its gradient times
-    // grad_scale, in place
+    // losses (rows) = -log softmax(logits)[target] in nats; where with_grad, logits (rows, V) becomes its gradient
+    // times grad_scale, in place
     void (*crossentropy)(float* losses, floatX* logits, const int32_t* targets, int rows, int V, float grad_scale,
                          int with_grad);
 
@@ -119,7 +126,8 @@ typedef struct Ops {
     void (*unrotate)(floatX* x, const uint32_t* mask, int rows, int cols);
     void (*unrotate_f32)(float* x, const uint32_t* mask, int rows, int cols);
 
-    // sums, deterministic: the order does not depend on the number of threads. *sum += the losses; *sum = the squares of x
+    // sums, deterministic: the order does not depend on the number of threads. *sum += the losses; *sum = the squares
+    // of x
     void (*loss_sum)(double* sum, const float* losses, int n);
     void (*sum_squares)(double* sum, const float* x, size_t n);
     void (*step_decide)(StepControl* control, float grad_clip);

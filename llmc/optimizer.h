@@ -1,13 +1,14 @@
-// optimizer.h: one optimizer step from accumulated gradients: norm, clip, finite?, AdamW (Loshchilov & Hutter 2019), weight decay where the
-// table says.
+// optimizer.h: one optimizer step from accumulated gradients: norm, clip, finite?, AdamW (Loshchilov & Hutter 2019),
+// weight decay where the table says.
 //
-// A step whose loss or gradient norm is not finite is found before the update: nothing is changed, the caller counts the skip.
+// A step whose loss or gradient norm is not finite is found before the update: nothing is changed, the caller counts
+// the skip.
 #pragma once
 #include "comm.h"
 #include "model.h"
 
-// Update from model_begin_step's lr and corrections and the gradients that are summed up. The result is in model->control; the host is not
-// asked. grad_clip 0 does not clip.
+// Update from model_begin_step's lr and corrections and the gradients that are summed up. The result is in
+// model->control; the host is not asked. grad_clip 0 does not clip.
 static void optimizer_step(Model* model, const Comm* comm, const Config* config) {
     const Ops* ops = model->ops;
     ops->sum_squares(&model->control->grad_squares, model->grads, model->table.elements);

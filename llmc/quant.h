@@ -1,9 +1,10 @@
 // quant.h: what it means to quantize an operand of a linear layer, and how the result lies in memory.
 //
-// A QuantSpec says what is computed; a QTensor holds the result. An operand is always (rows, cols) with cols the contraction
-// dimension K of its GEMM, so groups, rotations and packing all run along contiguous memory. Sources that lie the other way
-// round are read transposed by the quantizer.
-//   MXFP4: packed e2m1 codes, two a byte (even column in the low nibble); one ue8m0 scale per 32 columns; where the rule has a
+// A QuantSpec says what is computed; a QTensor holds the result. An operand is always (rows, cols) with cols the
+// contraction dimension K of its GEMM, so groups, rotations and packing all run along contiguous memory. Sources that
+// lie the other way round are read transposed by the quantizer.
+//   MXFP4: packed e2m1 codes, two a byte (even column in the low nibble); one ue8m0 scale per 32 columns; where the
+//   rule has a
 //          trust mask, one bit per element (bit j of a word is column j of the group). 4 + 8/32 + 1 bits an element.
 //   FLOATX: no data of its own, a view of a floatX tensor (the bf16 recipe), with a flag where it lies transposed.
 #pragma once

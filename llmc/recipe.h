@@ -4,8 +4,8 @@
 //   forward  Y  (BT, OC) = x  (BT, C)  . w  (OC, C)^T     along C
 //   backward dX (BT, C)  = dy (BT, OC) . wt (C, OC)^T     along OC
 //   backward dW (OC, C)  = dyt (OC, BT) . xt (C, BT)^T    along tokens
-// A row says for each operand its format, scale rule, rotation, rounding, group and source; and how the gradient gets from the
-// quantized forward operands back to X and W.
+// A row says for each operand its format, scale rule, rotation, rounding, group and source; and how the gradient gets
+// from the quantized forward operands back to X and W.
 #pragma once
 #include "quant.h"
 
@@ -20,15 +20,17 @@ typedef struct {
     const char* what;                          // one line for --help
     QuantSpec x, w, dy, wt, dyt, xt;
     GradRule x_grad, w_grad;
-    float outlier_quantile;                    // > 0: values of x beyond this quantile go a sparse high-precision way (msfp4)
+    float outlier_quantile;  // > 0: values of x beyond this quantile go a sparse high-precision way (msfp4)
 } Recipe;
 
 #define AS_IS \
     {.format = FORMAT_FLOATX, .scale = SCALE_NONE, .rotation = ROTATE_NONE, .rounding = ROUND_NEAREST, .group = 0, \
      .source = SOURCE_TENSOR}
-#define QUEST \
-    {.format = FORMAT_MXFP4, .scale = SCALE_QUEST, .rotation = ROTATE_HADAMARD, .rounding = ROUND_NEAREST, .group = 32, \
-     .source = SOURCE_TENSOR}
+#define QUEST                                                                                                 \
+    {                                                                                                         \
+        .format = FORMAT_MXFP4, .scale = SCALE_QUEST, .rotation = ROTATE_HADAMARD, .rounding = ROUND_NEAREST, \
+        .group = 32, .source = SOURCE_TENSOR                                                                  \
+    }
 #define ABSMAX(from) \
     {.format = FORMAT_MXFP4, .scale = SCALE_ABSMAX, .rotation = ROTATE_SIGNED, .rounding = ROUND_OPTION, .group = 32, \
      .source = from}
@@ -59,7 +61,8 @@ static const Recipe* recipe_find(const char* name) {
 // Does the forward product live in rotated space? Then gradients of saved operands do, too, and are rotated back.
 static inline int recipe_rotates(const Recipe* recipe) { return recipe->x.rotation != ROTATE_NONE; }
 
-// A row must be consistent, whoever wrote it: the two operands of a GEMM share rotation, a saved source exists, groups fit.
+// A row must be consistent, whoever wrote it: the two operands of a GEMM share rotation, a saved source exists, groups
+// fit.
 static const char* recipe_fault(const Recipe* r) {
     const QuantSpec* specs[6] = {&r->x, &r->w, &r->dy, &r->wt, &r->dyt, &r->xt};
     for (int pair = 0; pair < 3; pair++) {

@@ -41,10 +41,11 @@ static void divisors_text(char* buffer, size_t bytes, int64_t n) {
 static void run_resolve_batch(Run* run) {
     Config* c = &run->config;
     int64_t T = c->seq_len, tokens = c->batch_tokens, ranks = run->comm.size;
-    check_or(tokens > 0 && tokens % (T * ranks) == 0, EXIT_USAGE,
-             "--batch-tokens %lld is not a multiple of --seq-len %lld x %lld ranks; %lld and %lld are the nearest that fit",
-             (long long)tokens, (long long)T, (long long)ranks, (long long)max_i64(1, tokens / (T * ranks)) * T * ranks,
-             (long long)(tokens / (T * ranks) + 1) * T * ranks);
+    check_or(
+        tokens > 0 && tokens % (T * ranks) == 0, EXIT_USAGE,
+        "--batch-tokens %lld is not a multiple of --seq-len %lld x %lld ranks; %lld and %lld are the nearest that fit",
+        (long long)tokens, (long long)T, (long long)ranks, (long long)max_i64(1, tokens / (T * ranks)) * T * ranks,
+        (long long)(tokens / (T * ranks) + 1) * T * ranks);
     int64_t rows = tokens / T / ranks;
     if (c->batch_size == AUTO_INT) {
         int64_t B = 1;
@@ -56,25 +57,28 @@ static void run_resolve_batch(Run* run) {
     char fits[256];
     divisors_text(fits, sizeof fits, rows);
     check_or(c->batch_size > 0 && rows % c->batch_size == 0, EXIT_USAGE,
-             "--batch-size %lld does not divide the %lld rows a rank has in a step (--batch-tokens %lld / --seq-len %lld / %lld "
-             "ranks); these fit: %s", (long long)c->batch_size, (long long)rows, (long long)tokens, (long long)T,
-             (long long)ranks, fits);
-    check_or(c->batch_size * T < INT32_MAX, EXIT_USAGE, "--batch-size %lld x --seq-len %lld is beyond 2^31 tokens a micro-batch",
-             (long long)c->batch_size, (long long)T);
+             "--batch-size %lld does not divide the %lld rows a rank has in a step (--batch-tokens %lld / --seq-len "
+             "%lld / %lld "
+             "ranks); these fit: %s",
+             (long long)c->batch_size, (long long)rows, (long long)tokens, (long long)T, (long long)ranks, fits);
+    check_or(c->batch_size * T < INT32_MAX, EXIT_USAGE,
+             "--batch-size %lld x --seq-len %lld is beyond 2^31 tokens a micro-batch", (long long)c->batch_size,
+             (long long)T);
     run->B = (int)c->batch_size;
     run->T = (int)T;
     run->accumulation = rows / c->batch_size;
-    check_or(run->accumulation * ranks < 65536, EXIT_USAGE,
-             "%lld micro-batches a step are more than the 65535 that random streams are numbered for; raise --batch-size",
-             (long long)(run->accumulation * ranks));
+    check_or(
+        run->accumulation * ranks < 65536, EXIT_USAGE,
+        "%lld micro-batches a step are more than the 65535 that random streams are numbered for; raise --batch-size",
+        (long long)(run->accumulation * ranks));
     run->samples_per_step = tokens / T;
 }
 
 static void run_resolve_length(Run* run) {
     Config* c = &run->config;
     check_or(c->steps == AUTO_INT || c->tokens == AUTO_INT || c->tokens == c->steps * c->batch_tokens, EXIT_USAGE,
-             "--steps %lld and --tokens %lld say different lengths (--batch-tokens is %lld); give one of them", (long long)c->steps,
-             (long long)c->tokens, (long long)c->batch_tokens);
+             "--steps %lld and --tokens %lld say different lengths (--batch-tokens is %lld); give one of them",
+             (long long)c->steps, (long long)c->tokens, (long long)c->batch_tokens);
     if (c->tokens != AUTO_INT) {
         c->steps = ceil_div(c->tokens, c->batch_tokens);
     } else if (c->steps == AUTO_INT) {
@@ -92,20 +96,24 @@ static void run_resolve_length(Run* run) {
 
 static void run_check_ranges(const Config* c) {
     check_or(c->lr > 0, EXIT_USAGE, "--lr %g must be positive", c->lr);
-    check_or(c->min_lr_ratio >= 0 && c->min_lr_ratio <= 1, EXIT_USAGE, "--min-lr-ratio %g is not within 0 and 1", c->min_lr_ratio);
+    check_or(c->min_lr_ratio >= 0 && c->min_lr_ratio <= 1, EXIT_USAGE, "--min-lr-ratio %g is not within 0 and 1",
+             c->min_lr_ratio);
     check_or(c->beta1 >= 0 && c->beta1 < 1 && c->beta2 >= 0 && c->beta2 < 1, EXIT_USAGE,
              "--beta1 %g and --beta2 %g must be at least 0 and below 1", c->beta1, c->beta2);
-    check_or(c->eps > 0 && c->weight_decay >= 0 && c->grad_clip >= 0 && c->temperature >= 0 && c->max_minutes >= 0, EXIT_USAGE,
-             "--eps %g must be positive; --weight-decay %g, --grad-clip %g, --temperature %g, --max-minutes %g not negative", c->eps,
-             c->weight_decay, c->grad_clip, c->temperature, c->max_minutes);
-    check_or(c->keep >= 2, EXIT_USAGE, "--keep %lld: at least 2 checkpoints are kept, so that a damaged one has a predecessor",
+    check_or(
+        c->eps > 0 && c->weight_decay >= 0 && c->grad_clip >= 0 && c->temperature >= 0 && c->max_minutes >= 0,
+        EXIT_USAGE,
+        "--eps %g must be positive; --weight-decay %g, --grad-clip %g, --temperature %g, --max-minutes %g not negative",
+        c->eps, c->weight_decay, c->grad_clip, c->temperature, c->max_minutes);
+    check_or(c->keep >= 2, EXIT_USAGE,
+             "--keep %lld: at least 2 checkpoints are kept, so that a damaged one has a predecessor",
              (long long)c->keep);
     check_or(c->sample_tokens > 0 && c->val_batches > 0 && c->max_skips > 0, EXIT_USAGE,
              "--sample-tokens, --val-batches and --max-skips must be positive");
     check_or(c->tied == 0 || c->tied == 1, EXIT_USAGE, "--tied is %lld, but must be 0 or 1", (long long)c->tied);
     check_or(c->allow_data_change == 0 || c->allow_data_change == 1, EXIT_USAGE, "--allow-data-change must be 0 or 1");
-    check_or(c->threads == AUTO_INT || (c->threads > 0 && c->threads < 65536), EXIT_USAGE, "--threads %lld is out of range",
-             (long long)c->threads);
+    check_or(c->threads == AUTO_INT || (c->threads > 0 && c->threads < 65536), EXIT_USAGE,
+             "--threads %lld is out of range", (long long)c->threads);
 }
 
 // Every automatic choice that needs no data. `--out auto` becomes runs/MODEL-RECIPE.
@@ -146,14 +154,14 @@ static char* run_find_checkpoint(const Run* run, Json** state) {
     *state = NULL;
     if (!strcmp(resume, "never")) {
         free(checkpoint_list(run->out, &count));
-        check_or(count == 0, EXIT_USAGE, "--resume never, but '%s' holds %d checkpoints; choose another --out or remove them",
-                 run->out, count);
+        check_or(count == 0, EXIT_USAGE,
+                 "--resume never, but '%s' holds %d checkpoints; choose another --out or remove them", run->out, count);
         return NULL;
     }
     int path_given = strcmp(resume, "auto") && strcmp(resume, "must");
     if (path_given) {
-        check_or(path_is_folder(resume), EXIT_NO_INPUT, "--resume '%s' is not a folder; auto, never and must are the other choices",
-                 resume);
+        check_or(path_is_folder(resume), EXIT_NO_INPUT,
+                 "--resume '%s' is not a folder; auto, never and must are the other choices", resume);
         char* state_path = format_string("%s/state.json", resume);
         int single = path_is_file(state_path);
         free(state_path);
@@ -165,15 +173,17 @@ static char* run_find_checkpoint(const Run* run, Json** state) {
     }
     const char* folder = path_given ? resume : run->out;
     char* found = checkpoint_find(folder, state, &damaged);
-    check_or(found || damaged == 0, EXIT_BAD_DATA, "none of the %d checkpoints in '%s' is usable; --resume never with another --out "
-             "starts anew", damaged, folder);
-    check_or(found || !(path_given || !strcmp(resume, "must")), EXIT_NO_INPUT, "--resume %s: there is no checkpoint in '%s'", resume,
-             folder);
+    check_or(found || damaged == 0, EXIT_BAD_DATA,
+             "none of the %d checkpoints in '%s' is usable; --resume never with another --out "
+             "starts anew",
+             damaged, folder);
+    check_or(found || !(path_given || !strcmp(resume, "must")), EXIT_NO_INPUT,
+             "--resume %s: there is no checkpoint in '%s'", resume, folder);
     return found;
 }
 
-// A run that continues from step `from` writes later checkpoints anew. Those that stand there, damaged or from a way not taken, are kept
-// under another name: a committed step is never overwritten.
+// A run that continues from step `from` writes later checkpoints anew. Those that stand there, damaged or from a way
+// not taken, are kept under another name: a committed step is never overwritten.
 static void run_set_aside(const Run* run, int64_t from) {
     int count;
     int64_t* steps = checkpoint_list(run->out, &count);
@@ -200,13 +210,14 @@ static void run_set_aside(const Run* run, int64_t from) {
 // options that a resumed run must not change: data position and random numbers hang on them; others are reported
 static void run_compare_options(const Run* run, const Json* state) {
     static const int fixed[] = {ID_seq_len, ID_batch_tokens, ID_seed};
-    static const int silent[] = {ID_out, ID_resume, ID_model, ID_train_data, ID_val_data, ID_max_minutes, ID_config, ID_keep,
-                                 ID_prompt, ID_tokenizer, ID_threads};
+    static const int silent[] = {ID_out,    ID_resume, ID_model,  ID_train_data, ID_val_data, ID_max_minutes,
+                                 ID_config, ID_keep,   ID_prompt, ID_tokenizer,  ID_threads};
     const Json* options = json_get(state, "options");
     for (int id = 0; id < KNOB_COUNT_ALL; id++) {
         const char* before = NULL;
         char now[4096];
-        if (KNOB_TABLE[id].kind == KNOB_SWITCH || json_try_string(json_get(options, KNOB_TABLE[id].name), &before) != 0 ||
+        if (KNOB_TABLE[id].kind == KNOB_SWITCH ||
+            json_try_string(json_get(options, KNOB_TABLE[id].name), &before) != 0 ||
             !strcmp(before, knob_value(&run->config, id, now, sizeof now))) {
             continue;
         }
@@ -219,8 +230,10 @@ static void run_compare_options(const Run* run, const Json* state) {
         for (size_t i = 0; i < sizeof silent / sizeof silent[0]; i++) {
             is_silent |= silent[i] == id;
         }
-        check_or(!is_fixed, EXIT_USAGE, "the checkpoint was made with --%s %s, this command says %s: the order of the data would "
-                 "change; give the old value, or another --out for a new run", option, before, now);
+        check_or(!is_fixed, EXIT_USAGE,
+                 "the checkpoint was made with --%s %s, this command says %s: the order of the data would "
+                 "change; give the old value, or another --out for a new run",
+                 option, before, now);
         if (!is_silent) {
             printf("resume     --%s was %s, is now %s\n", option, before, now);
         }
@@ -242,7 +255,8 @@ static void run_find_tokenizer(Run* run, const Dataset* train, const char* check
     } else {
         const char* shard = train ? train->shards[0].path : "";
         const char* slash = strrchr(shard, '/');
-        char* beside = slash ? format_string("%.*s/tokenizer.json", (int)(slash - shard), shard) : strdup_or_die("tokenizer.json");
+        char* beside =
+            slash ? format_string("%.*s/tokenizer.json", (int)(slash - shard), shard) : strdup_or_die("tokenizer.json");
         char* saved = format_string("%s/tokenizer.json", checkpoint ? checkpoint : ".");
         if (train && path_is_file(beside)) {
             run->tokenizer_path = beside;
@@ -265,8 +279,8 @@ static void run_find_tokenizer(Run* run, const Dataset* train, const char* check
 // ---------------------------------------------------------------------------------------------------------------------
 // memory
 
-// What the process holds besides the model's own buffers: decoded operands and attention scratch of the CPU backend, batches read
-// ahead, program and libraries.
+// What the process holds besides the model's own buffers: decoded operands and attention scratch of the CPU backend,
+// batches read ahead, program and libraries.
 static void run_print_plan(const Run* run, const Model* model, int threads) {
     const double MiB = 1048576.0;
     size_t total = 0;
@@ -275,7 +289,8 @@ static void run_print_plan(const Run* run, const Model* model, int threads) {
         printf("  %-32s %10.1f MiB\n", MEMORY_NAMES[kind], (double)model->memory_bytes[kind] / MiB);
         total += model->memory_bytes[kind];
     }
-    size_t scratch = model->ops->scratch_bytes(model_largest_operands(model), attention_shape(model, run->B, run->T), threads);
+    size_t scratch =
+        model->ops->scratch_bytes(model_largest_operands(model), attention_shape(model, run->B, run->T), threads);
     size_t ahead = 4 * 2 * sizeof(int32_t) * (size_t)run->B * run->T;
     size_t program = model->ops->program_bytes(threads);
     printf("  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n", "backend scratch", (double)scratch / MiB,

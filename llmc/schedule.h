@@ -2,8 +2,8 @@
 #pragma once
 #include "config.h"
 
-// Peak rate for step s of the run: linear warm-up to 1 over warmup steps, then by name down to min_ratio, which the last step
-// reaches exactly. constant stays at the peak; wsd holds the peak and falls linearly over the last fifth.
+// Peak rate for step s of the run: linear warm-up to 1 over warmup steps, then by name down to min_ratio, which the
+// last step reaches exactly. constant stays at the peak; wsd holds the peak and falls linearly over the last fifth.
 static double schedule_lr(const Config* config, int64_t step) {
     double peak = config->lr, floor = peak * config->min_lr_ratio;
     int64_t warmup = config->warmup_steps, last = config->steps - 1;

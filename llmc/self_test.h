@@ -1,7 +1,9 @@
-// self_test.h: does the running device compute what the recipe says? Known answers for quantization, rotation and products.
+// self_test.h: does the running device compute what the recipe says? Known answers for quantization, rotation and
+// products.
 //
-// The codes, scales and masks of a fixed input are compared by XXH64 with values recorded from the reference (the CPU backend, which the
-// tests hold bit for bit against dev/ref/quartet_ref.py); products are compared with an f64 decode-and-multiply. Well under a second.
+// The codes, scales and masks of a fixed input are compared by XXH64 with values recorded from the reference (the CPU
+// backend, which the tests hold bit for bit against dev/ref/quartet_ref.py); products are compared with an f64
+// decode-and-multiply. Well under a second.
 #pragma once
 #include "linear.h"
 #include "xxh64.h"
@@ -19,13 +21,22 @@ static float self_test_value(int i) {
 }
 
 static int self_test_case(const Ops* ops, const SelfTestCase* test, const floatX* inp, int verbose) {
-    int rows = test->transposed ? SELF_TEST_COLS : SELF_TEST_ROWS, cols = test->transposed ? SELF_TEST_ROWS : SELF_TEST_COLS;
+    int rows = test->transposed ? SELF_TEST_COLS : SELF_TEST_ROWS,
+        cols = test->transposed ? SELF_TEST_ROWS : SELF_TEST_COLS;
     size_t bytes = qtensor_bytes(&test->spec, rows, cols);
     void *device = ops->alloc(bytes, "self-test"), *host = malloc_or_die(bytes, "self-test");
     QTensor out = qtensor_at(&test->spec, rows, cols, device);
-    QuantizeArgs args = {.out = &out, .spec = test->spec, .tensor = inp, .saved = NULL, .transposed = test->transposed, .seed = 7,
-                         .sign_stream = rand_stream(RAND_SIGNS, 1, 2, 3), .sign_index = 1ull << 56,
-                         .round_stream = rand_stream(RAND_ROUND, 1, 2, 3), .round_index = 2ull << 56, .stats = NULL};
+    QuantizeArgs args = {.out = &out,
+                         .spec = test->spec,
+                         .tensor = inp,
+                         .saved = NULL,
+                         .transposed = test->transposed,
+                         .seed = 7,
+                         .sign_stream = rand_stream(RAND_SIGNS, 1, 2, 3),
+                         .sign_index = 1ull << 56,
+                         .round_stream = rand_stream(RAND_ROUND, 1, 2, 3),
+                         .round_index = 2ull << 56,
+                         .stats = NULL};
     ops->quantize(&args);
     ops->copy_to_host(host, device, bytes);
     Xxh64 hash = xxh64_begin(0);
@@ -45,10 +56,20 @@ static int self_test_gemm(const Ops* ops, const QuantSpec* spec, const floatX* i
     const int M = SELF_TEST_ROWS, K = SELF_TEST_COLS;
     size_t bytes = qtensor_bytes(spec, M, K);
     void *device = ops->alloc(bytes, "self-test"), *host = malloc_or_die(bytes, "self-test");
-    float *out = (float*)ops->alloc(sizeof(float) * M * M, "self-test"), *result = (float*)malloc_or_die(sizeof(float) * M * M, "self-test");
+    float *out = (float*)ops->alloc(sizeof(float) * M * M, "self-test"),
+          *result = (float*)malloc_or_die(sizeof(float) * M * M, "self-test");
     QTensor q = qtensor_at(spec, M, K, device), copy = qtensor_at(spec, M, K, host);
-    QuantizeArgs args = {.out = &q, .spec = *spec, .tensor = inp, .saved = NULL, .transposed = 0, .seed = 7, .sign_stream = 0,
-                         .sign_index = 0, .round_stream = 0, .round_index = 0, .stats = NULL};
+    QuantizeArgs args = {.out = &q,
+                         .spec = *spec,
+                         .tensor = inp,
+                         .saved = NULL,
+                         .transposed = 0,
+                         .seed = 7,
+                         .sign_stream = 0,
+                         .sign_index = 0,
+                         .round_stream = 0,
+                         .round_index = 0,
+                         .stats = NULL};
     ops->quantize(&args);
     ops->copy_to_host(host, device, bytes);
     GemmArgs gemm = {.out = out, .out_type = OUT_F32, .accumulate = 0, .a = &q, .b = &q, .alpha = 1.0f};
@@ -79,7 +100,11 @@ static int self_test_gemm(const Ops* ops, const QuantSpec* spec, const floatX* i
 }
 
 static QuantSpec self_test_spec(ScaleRule scale, Rotation rotation, Rounding rounding) {
-    return (QuantSpec){.format = FORMAT_MXFP4, .scale = scale, .rotation = rotation, .rounding = rounding, .group = GROUP,
+    return (QuantSpec){.format = FORMAT_MXFP4,
+                       .scale = scale,
+                       .rotation = rotation,
+                       .rounding = rounding,
+                       .group = GROUP,
                        .source = SOURCE_TENSOR};
 }
 
@@ -110,6 +135,7 @@ static void self_test(const Ops* ops, int verbose) {
     ok &= self_test_gemm(ops, &nearest, inp, verbose);
     ops->release(inp);
     free(host);
-    check_or(ok, EXIT_SELF_TEST, "device %s does not compute what the recipe says (the lines marked WRONG); nothing was trained",
+    check_or(ok, EXIT_SELF_TEST,
+             "device %s does not compute what the recipe says (the lines marked WRONG); nothing was trained",
              ops->name);
 }

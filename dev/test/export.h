@@ -1,5 +1,6 @@
-// export.h: `./test_llama export DIR` saves a small model with unusual shapes (grouped queries, Llama-3 rope scaling, own head size) as
-// a checkpoint, and the logits of our forward pass beside it, for dev/ref/hf_check.py to compare with transformers.
+// export.h: `./test_llama export DIR` saves a small model with unusual shapes (grouped queries, Llama-3 rope scaling,
+// own head size) as a checkpoint, and the logits of our forward pass beside it, for dev/ref/hf_check.py to compare with
+// transformers.
 #pragma once
 
 static void export_logits(Model* model, const int32_t* tokens, int B, int T, const char* path) {
@@ -29,14 +30,28 @@ static void export_logits(Model* model, const int32_t* tokens, int B, int T, con
 }
 
 static int export_checkpoint(const char* out, int scaled_rope) {
-    ModelConfig m = {.name = "export", .L = 3, .C = 96, .NH = 6, .NKV = 2, .HS = 32, .F = 160, .V = 300, .tied = scaled_rope,
-                     .max_positions = 128, .rope_theta = scaled_rope ? 5e5 : 1e4, .rms_eps = 1e-5,
-                     .rope_factor = scaled_rope ? 8.0 : 0.0, .rope_low = 1.0, .rope_high = 4.0, .rope_original = 32};
+    ModelConfig m = {.name = "export",
+                     .L = 3,
+                     .C = 96,
+                     .NH = 6,
+                     .NKV = 2,
+                     .HS = 32,
+                     .F = 160,
+                     .V = 300,
+                     .tied = scaled_rope,
+                     .max_positions = 128,
+                     .rope_theta = scaled_rope ? 5e5 : 1e4,
+                     .rms_eps = 1e-5,
+                     .rope_factor = scaled_rope ? 8.0 : 0.0,
+                     .rope_low = 1.0,
+                     .rope_high = 4.0,
+                     .rope_original = 32};
     Model model;
     model_prepare(&model, cpu_backend(), &m, recipe_find("bf16"), 2, 96);
     model_allocate(&model);
     model_init_weights(&model, 42);
-    for (size_t i = 0; i < model.table.elements; i++) {  // larger weights and norms that are not 1, so that an error shows
+    for (size_t i = 0; i < model.table.elements;
+         i++) {  // larger weights and norms that are not 1, so that an error shows
         model.master[i] = model.master[i] * 4.0f + 0.02f * (float)rand_normal(43, i, 0);
         model.params[i] = f32_to_floatX(model.master[i]);
     }

@@ -1,4 +1,5 @@
-// run.h: options, schedule, checkpoints, generation and memory plan, in one process. Shell tests drive the same through the binary.
+// run.h: options, schedule, checkpoints, generation and memory plan, in one process. Shell tests drive the same through
+// the binary.
 #pragma once
 
 static Config test_config(int argc, const char** argv) {
@@ -45,23 +46,29 @@ static void test_options(void) {
     expect(config.seq_len == 64 && config.batch_tokens == 640 && config.origin[ID_seq_len] == FROM_FILE, "seq_len %lld",
            (long long)config.seq_len);
     expect(!strcmp(config.prompt, "a#b c"), "prompt '%s'", config.prompt);
-    expect(model.C == 640 && config.channels == 640 && config.origin[ID_channels] == FROM_PRESET, "channels %d", model.C);
+    expect(model.C == 640 && config.channels == 640 && config.origin[ID_channels] == FROM_PRESET, "channels %d",
+           model.C);
     expect(config.beta2 == 0.95 && config.origin[ID_beta2] == FROM_DEFAULT, "beta2 %g", config.beta2);
     free(path);
     remove_folder(folder);
 
     // the parameter counts of the Llamas that presets are named after, from their published sizes
-    struct { const char* name; size_t elements; } known[] = {
-        {"tinyllama-1.1b", 1100048384}, {"llama2-7b", 6738415616}, {"llama3.2-1b", 1235814400}, {"llama3-8b", 8030261248}};
+    struct { const char* name; size_t elements;
+    } known[] = {{"tinyllama-1.1b", 1100048384},
+                 {"llama2-7b", 6738415616},
+                 {"llama3.2-1b", 1235814400},
+                 {"llama3-8b", 8030261248}};
     for (int i = 0; i < 4; i++) {
         ModelConfig m = preset_model(preset_find(known[i].name));
         ParamTable table = param_table(&m);
-        expect(table.elements == known[i].elements, "%s has %zu parameters instead of %zu", known[i].name, table.elements, known[i].elements);
+        expect(table.elements == known[i].elements, "%s has %zu parameters instead of %zu", known[i].name,
+               table.elements, known[i].elements);
         free(table.list);
     }
     for (int i = 0; i < PRESET_COUNT; i++) {
         const Preset* p = &PRESETS[i];
-        expect(p->C % p->NH == 0 && p->NH % p->NKV == 0 && p->batch_tokens % p->T == 0 && p->F % 32 == 0, "preset %s", p->name);
+        expect(p->C % p->NH == 0 && p->NH % p->NKV == 0 && p->batch_tokens % p->T == 0 && p->F % 32 == 0, "preset %s",
+               p->name);
     }
 }
 
@@ -70,7 +77,8 @@ static void test_schedule(void) {
     for (int i = 0; i < 4; i++) {
         const char* argv[] = {"train_llama", "--lr=2", "--steps=100", "--warmup-steps=10", "--schedule", names[i]};
         Config config = test_config(6, argv);
-        expect(fabs(schedule_lr(&config, 0) - 0.2) < 1e-12 && fabs(schedule_lr(&config, 9) - 2.0) < 1e-12, "%s: warm-up", names[i]);
+        expect(fabs(schedule_lr(&config, 0) - 0.2) < 1e-12 && fabs(schedule_lr(&config, 9) - 2.0) < 1e-12,
+               "%s: warm-up", names[i]);
         double last = schedule_lr(&config, 99), want = i == 2 ? 2.0 : 0.2;
         expect(fabs(last - want) < 1e-12, "%s ends at %g instead of %g", names[i], last, want);
         int falls = 1;
@@ -86,8 +94,22 @@ static void test_schedule(void) {
 
 // a model of a recipe, initialized, with one step's worth of optimizer state
 static void test_make_model(Model* model, const char* recipe, int tied) {
-    ModelConfig m = {.name = "test", .L = 2, .C = 64, .NH = 4, .NKV = 2, .HS = 16, .F = 96, .V = 96, .tied = tied, .max_positions = 128,
-                     .rope_theta = 1e4, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 0, .rope_high = 0, .rope_original = 0};
+    ModelConfig m = {.name = "test",
+                     .L = 2,
+                     .C = 64,
+                     .NH = 4,
+                     .NKV = 2,
+                     .HS = 16,
+                     .F = 96,
+                     .V = 96,
+                     .tied = tied,
+                     .max_positions = 128,
+                     .rope_theta = 1e4,
+                     .rms_eps = 1e-5,
+                     .rope_factor = 0,
+                     .rope_low = 0,
+                     .rope_high = 0,
+                     .rope_original = 0};
     model_prepare(model, cpu_backend(), &m, recipe_find(recipe), 2, 32);
     model->linear.option_rounding = ROUND_NEAREST;
     model_allocate(model);
@@ -119,7 +141,8 @@ static void test_checkpoint_round_trip(const char* out, int tied) {
         expect(loaded.step == 7 && loaded.tokens == 777 && loaded.data_fingerprint == state.data_fingerprint &&
                !strcmp(loaded.run_id, "abc"), "state differs");
         expect(!memcmp(a.master, b.master, n * sizeof(float)) && !memcmp(a.m, b.m, n * sizeof(float)) &&
-               !memcmp(a.v, b.v, n * sizeof(float)) && !memcmp(a.params, b.params, n * sizeof(floatX)), "loaded state is not bit-equal");
+                   !memcmp(a.v, b.v, n * sizeof(float)) && !memcmp(a.params, b.params, n * sizeof(floatX)),
+               "loaded state is not bit-equal");
         b.master[n / 2] += 1.0f;  // the comparison sees an error
         expect(memcmp(a.master, b.master, n * sizeof(float)) != 0, "planted error not seen");
     }
@@ -174,8 +197,10 @@ static void test_checkpoint_damage(const char* out) {
 }
 
 static void test_checkpoint_names(void) {
-    expect(checkpoint_name_step("step_00001000") == 1000 && checkpoint_name_step("step_123456789") == 123456789, "names");
-    const char* others[] = {"step_00001000.tmp", "step_1000", "step_0000100x", "xstep_00001000", "step_", "step_00001000.old.tmp"};
+    expect(checkpoint_name_step("step_00001000") == 1000 && checkpoint_name_step("step_123456789") == 123456789,
+           "names");
+    const char* others[] = {"step_00001000.tmp", "step_1000", "step_0000100x",
+                            "xstep_00001000",    "step_",     "step_00001000.old.tmp"};
     for (int i = 0; i < 6; i++) {
         expect(checkpoint_name_step(others[i]) == -1, "%s was taken for a checkpoint", others[i]);
     }
@@ -194,7 +219,8 @@ static void test_checkpoint(void) {
     }
 }
 
-// Decoding with the cache gives the logits of the whole forward pass: one row at a time, and in chunks beyond GENERATE_ROWS.
+// Decoding with the cache gives the logits of the whole forward pass: one row at a time, and in chunks beyond
+// GENERATE_ROWS.
 static void test_generate_recipe(const char* recipe) {
     Model model;
     test_make_model(&model, recipe, 0);
@@ -205,7 +231,8 @@ static void test_generate_recipe(const char* recipe) {
         tokens[i] = ids[i] = (int)(philox(9, (uint64_t)i, 0).w[0] % (uint32_t)V);
     }
     model_forward(&model, tokens, tokens, 0.0f, 0);
-    QTensor x = qtensor_view(model.final_norm, T, model.config.C, 0), head = qtensor_view(model_weight(&model, P_HEAD, -1), V, model.config.C, 0);
+    QTensor x = qtensor_view(model.final_norm, T, model.config.C, 0),
+            head = qtensor_view(model_weight(&model, P_HEAD, -1), V, model.config.C, 0);
     floatX* all = (floatX*)malloc_or_die(sizeof(floatX) * (size_t)T * V, "logits");
     float *logits = (float*)malloc_or_die(sizeof(float) * (size_t)V, "logits");
     GemmArgs gemm = {.out = all, .out_type = OUT_FLOATX, .accumulate = 0, .a = &x, .b = &head, .alpha = 1.0f};
@@ -224,11 +251,14 @@ static void test_generate_recipe(const char* recipe) {
             size += want * want;
         }
     }
-    // Attention sums in another order. bf16 recipe: about 16 roundings on the way, factor 2. quartet: a last bit may move a code by a step,
-    // a quarter of its value at most, so the bound is a tenth of that, which a wrong position or cache row misses by far.
+    // Attention sums in another order. bf16 recipe: about 16 roundings on the way, factor 2. quartet: a last bit may
+    // move a code by a step, a quarter of its value at most, so the bound is a tenth of that, which a wrong position or
+    // cache row misses by far.
     double allowed = strcmp(recipe, "bf16") ? 0.025 : 2 * 16 * (double)FLOATX_EPSILON;
-    expect(sqrt(error / size) <= allowed, "%s: cached logits differ by %g, allowed %g", recipe, sqrt(error / size), allowed);
-    expect(sqrt(planted / size) > allowed, "%s: the logits of another position were not told apart: %g", recipe, sqrt(planted / size));
+    expect(sqrt(error / size) <= allowed, "%s: cached logits differ by %g, allowed %g", recipe, sqrt(error / size),
+           allowed);
+    expect(sqrt(planted / size) > allowed, "%s: the logits of another position were not told apart: %g", recipe,
+           sqrt(planted / size));
     generator_close(&model, &g);
     free(all);
     free(logits);
@@ -241,7 +271,8 @@ static void test_sampling(void) {
     for (int i = 0; i < 80000; i++) {
         counts[sample_logits(logits, 4, 1.0, ((float)i + 0.5f) / 80000.0f)]++;
     }
-    expect(abs(counts[0] - 10000) < 20 && abs(counts[1] - 20000) < 20 && abs(counts[2] - 40000) < 20 && abs(counts[3] - 10000) < 20,
+    expect(abs(counts[0] - 10000) < 20 && abs(counts[1] - 20000) < 20 && abs(counts[2] - 40000) < 20 &&
+               abs(counts[3] - 10000) < 20,
            "draws %d %d %d %d of 1:2:4:1", counts[0], counts[1], counts[2], counts[3]);
     expect(sample_logits(logits, 4, 0.0, 0.99f) == 2, "temperature 0 takes the largest");
     expect(sample_logits(logits, 2, 1.0, 0.999999f) == 1, "the vocabulary limits the draw");

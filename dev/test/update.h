@@ -22,15 +22,21 @@ static void test_ops_sum_squares(size_t n) {
 }
 
 static StepControl test_control(float lr, double beta1, double beta2, int64_t t) {
-    return (StepControl){.loss_sum = 0.0, .grad_squares = 0.0, .lr = lr, .correction1 = (float)(1.0 - pow(beta1, (double)t)),
-                         .correction2 = (float)(1.0 - pow(beta2, (double)t)), .grad_scale = 1.0f, .skip = 0};
+    return (StepControl){.loss_sum = 0.0,
+                         .grad_squares = 0.0,
+                         .lr = lr,
+                         .correction1 = (float)(1.0 - pow(beta1, (double)t)),
+                         .correction2 = (float)(1.0 - pow(beta2, (double)t)),
+                         .grad_scale = 1.0f,
+                         .skip = 0};
 }
 
 // clip factor and the decision to skip; a skipped update writes nothing
 static void test_ops_step_decide(void) {
-    struct { double loss, squares; float clip, scale; int skip; } cases[] = {
-        {1.0, 4.0, 1.0f, 0.5f, 0}, {1.0, 0.25, 1.0f, 1.0f, 0}, {1.0, 4.0, 0.0f, 1.0f, 0}, {NAN, 1.0, 1.0f, 1.0f, 1},
-        {1.0, NAN, 1.0f, 1.0f, 1}, {1.0, INFINITY, 1.0f, 0.0f, 1}, {INFINITY, 1.0, 1.0f, 1.0f, 1}, {1.0, 1.0, 1.0f, 1.0f, 0}};
+    struct { double loss, squares; float clip, scale; int skip;
+    } cases[] = {{1.0, 4.0, 1.0f, 0.5f, 0},      {1.0, 0.25, 1.0f, 1.0f, 0}, {1.0, 4.0, 0.0f, 1.0f, 0},
+                 {NAN, 1.0, 1.0f, 1.0f, 1},      {1.0, NAN, 1.0f, 1.0f, 1},  {1.0, INFINITY, 1.0f, 0.0f, 1},
+                 {INFINITY, 1.0, 1.0f, 1.0f, 1}, {1.0, 1.0, 1.0f, 1.0f, 0}};
     for (int i = 0; i < 8; i++) {
         StepControl control = test_control(1.0f, 0.9, 0.9, 1);
         float losses[3] = {0.25f, (float)cases[i].loss, -0.25f};
@@ -38,12 +44,21 @@ static void test_ops_step_decide(void) {
         control.grad_squares = cases[i].squares;
         CPU_OPS.step_decide(&control, cases[i].clip);
         expect(control.skip == cases[i].skip, "case %d: skip is %d", i, control.skip);
-        expect(cases[i].skip || (control.grad_scale == cases[i].scale && control.loss_sum == cases[i].loss), "case %d: scale %g", i,
-               (double)control.grad_scale);
+        expect(cases[i].skip || (control.grad_scale == cases[i].scale && control.loss_sum == cases[i].loss),
+               "case %d: scale %g", i, (double)control.grad_scale);
         float state[4] = {1, 2, 3, 4};
         floatX param = f32_to_floatX(5.0f);
-        AdamwArgs args = {.param = &param, .master = &state[0], .m = &state[1], .v = &state[2], .grad = &state[3], .count = 1,
-                          .beta1 = 0.9f, .beta2 = 0.9f, .eps = 1.0f, .weight_decay = 0.1f, .control = &control};
+        AdamwArgs args = {.param = &param,
+                          .master = &state[0],
+                          .m = &state[1],
+                          .v = &state[2],
+                          .grad = &state[3],
+                          .count = 1,
+                          .beta1 = 0.9f,
+                          .beta2 = 0.9f,
+                          .eps = 1.0f,
+                          .weight_decay = 0.1f,
+                          .control = &control};
         CPU_OPS.adamw(&args);
         int same = state[0] == 1 && state[1] == 2 && state[2] == 3 && floatX_to_f32(param) == 5.0f;
         expect(same == cases[i].skip, "case %d: a skipped update wrote, or one that was not skipped did not", i);
@@ -54,7 +69,8 @@ static void test_ops_step_decide(void) {
 static void test_ops_add_rmsnorm(int BT, int C) {
     size_t n = (size_t)BT * C;
     floatX *a = test_tensor(n, 1, 1.0), *b = test_tensor(n, 2, 0.3), *weight = test_tensor((size_t)C, 3, 1.0);
-    floatX *sum = test_tensor(n, 4, 0.0), *out = test_tensor(n, 5, 0.0), *sum2 = test_tensor(n, 6, 0.0), *out2 = test_tensor(n, 7, 0.0);
+    floatX *sum = test_tensor(n, 4, 0.0), *out = test_tensor(n, 5, 0.0), *sum2 = test_tensor(n, 6, 0.0),
+           *out2 = test_tensor(n, 7, 0.0);
     float *rstd = test_zero_floats((size_t)BT), *rstd2 = test_zero_floats((size_t)BT);
     CPU_OPS.add_rmsnorm_forward(sum, out, rstd, a, b, weight, BT, C, 1e-5f);
     CPU_OPS.add(sum2, a, b, n);
@@ -62,7 +78,8 @@ static void test_ops_add_rmsnorm(int BT, int C) {
     expect(!memcmp(sum, sum2, n * sizeof(floatX)) && !memcmp(out, out2, n * sizeof(floatX)) &&
            !memcmp(rstd, rstd2, (size_t)BT * sizeof(float)), "add_rmsnorm %d x %d is not add and rmsnorm", BT, C);
     CPU_OPS.rmsnorm_forward(out2, rstd2, a, weight, BT, C, 1e-5f);
-    expect(C == 1 || memcmp(out, out2, n * sizeof(floatX)) != 0, "a norm of the wrong tensor is not seen");  // C 1: always 1
+    expect(C == 1 || memcmp(out, out2, n * sizeof(floatX)) != 0,
+           "a norm of the wrong tensor is not seen");  // C 1: always 1
     test_free(a, b, weight, sum, out, sum2, out2, rstd, rstd2);
 }
 
@@ -97,8 +114,17 @@ static void test_ops_adamw(size_t n, int64_t t, float decay) {
     }
     StepControl control = test_control(lr, beta1, beta2, t);
     control.grad_scale = scale;
-    AdamwArgs args = {.param = param, .master = memory[0], .m = memory[1], .v = memory[2], .grad = memory[3],
-                      .count = n, .beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = decay, .control = &control};
+    AdamwArgs args = {.param = param,
+                      .master = memory[0],
+                      .m = memory[1],
+                      .v = memory[2],
+                      .grad = memory[3],
+                      .count = n,
+                      .beta1 = beta1,
+                      .beta2 = beta2,
+                      .eps = eps,
+                      .weight_decay = decay,
+                      .control = &control};
     CPU_OPS.adamw(&args);
     int rounded = 1;
     for (size_t i = 0; i < n; i++) {

@@ -1,7 +1,9 @@
 // cpu/attention.h: causal grouped-query attention on the CPU, forward and backward, in blocks of query rows.
 //
-// With S = q k^T / sqrt(HS) over keys 0..t, P = softmax(S), out = P v, lse = log sum exp S. Backward (Dao et al. 2022, section 3.1):
-//   D = sum(dout * out);  dP = dout v^T;  dS = P (dP - D);  dq = dS k / sqrt(HS);  dk = dS^T q / sqrt(HS);  dv = P^T dout
+// With S = q k^T / sqrt(HS) over keys 0..t, P = softmax(S), out = P v, lse = log sum exp S. Backward (Dao et al. 2022,
+// section 3.1):
+//   D = sum(dout * out);  dP = dout v^T;  dS = P (dP - D);  dq = dS k / sqrt(HS);  dk = dS^T q / sqrt(HS);  dv = P^T
+//   dout
 // P is recomputed from lse. Scratch is one block of QUERY_BLOCK rows of S a thread, never T*T.
 #pragma once
 #include "gemm.h"
@@ -116,8 +118,8 @@ static void cpu_attention_forward(floatX* out, float* lse, const floatX* qkv, At
 }
 
 // one block of query rows of one head: adds to a.dk and a.dv, writes dq
-static void attention_backward_block(AttentionScratch* a, floatX* dq, const floatX* dout, const floatX* out, const float* lse,
-                                     AttentionShape s, int t0, float scale) {
+static void attention_backward_block(AttentionScratch* a, floatX* dq, const floatX* dout, const floatX* out,
+                                     const float* lse, AttentionShape s, int t0, float scale) {
     int HS = s.HS, rows = min_int(QUERY_BLOCK, s.T - t0), keys = t0 + rows, stride = s.NH * HS;
     int width = (s.NH + 2 * s.NKV) * HS;
     head_load(a->dout, dout, rows, stride, HS);
@@ -149,8 +151,8 @@ static void attention_backward_block(AttentionScratch* a, floatX* dq, const floa
     head_store(dq, a->dq, rows, width, HS);
 }
 
-static void cpu_attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
-                                   AttentionShape s) {
+static void cpu_attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv,
+                                   const float* lse, AttentionShape s) {
     int width = (s.NH + 2 * s.NKV) * s.HS, T = s.T, HS = s.HS, group = s.NH / s.NKV;
     float scale = 1.0f / sqrtf((float)HS);
 #pragma omp parallel
@@ -180,14 +182,15 @@ static void cpu_attention_backward(floatX* dqkv, const floatX* dout, const float
     }
 }
 
-static void cpu_attention_cached(floatX* out, floatX* key_cache, floatX* value_cache, const floatX* qkv, AttentionShape s,
-                                 int first_position) {
+static void cpu_attention_cached(floatX* out, floatX* key_cache, floatX* value_cache, const floatX* qkv,
+                                 AttentionShape s, int first_position) {
     int width = (s.NH + 2 * s.NKV) * s.HS, HS = s.HS, group = s.NH / s.NKV, stride = s.NKV * HS;
     float scale = 1.0f / sqrtf((float)HS);
     for (int t = 0; t < s.T; t++) {
         size_t at = (size_t)(first_position + t) * stride;
         memcpy(key_cache + at, qkv + (size_t)t * width + (size_t)s.NH * HS, sizeof(floatX) * (size_t)stride);
-        memcpy(value_cache + at, qkv + (size_t)t * width + (size_t)(s.NH + s.NKV) * HS, sizeof(floatX) * (size_t)stride);
+        memcpy(value_cache + at, qkv + (size_t)t * width + (size_t)(s.NH + s.NKV) * HS,
+               sizeof(floatX) * (size_t)stride);
     }
     float* scores = (float*)malloc_or_die(sizeof(float) * (size_t)(first_position + s.T) * s.NH, "attention scores");
     for (int t = 0; t < s.T; t++) {

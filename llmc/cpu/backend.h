@@ -14,7 +14,8 @@ static void cpu_reserve(AttentionShape shape) { (void)shape; }  // grows as it g
 
 static size_t cpu_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
     size_t tiles = sizeof(floatX) == sizeof(float) ? 0 : sizeof(float) * GEMM_TILE_M * GEMM_TILE_N;
-    return (largest.a + largest.b) * sizeof(float) + (size_t)threads * max_size(tiles, attention_scratch_floats(shape) * sizeof(float));
+    return (largest.a + largest.b) * sizeof(float) +
+           (size_t)threads * max_size(tiles, attention_scratch_floats(shape) * sizeof(float));
 }
 
 // measured: the binary with libc and OpenMP, and OpenBLAS's packing buffers, of which each thread touches a part
@@ -31,7 +32,9 @@ static int cpu_threads(void) { return 1; }
 static void cpu_set_threads(int n) { (void)n; }
 #endif
 
-static void cpu_describe(char* buffer, size_t bytes) { snprintf(buffer, bytes, "%d threads, BLAS %s", cpu_threads(), CPU_BLAS_NAME); }
+static void cpu_describe(char* buffer, size_t bytes) {
+    snprintf(buffer, bytes, "%d threads, BLAS %s", cpu_threads(), CPU_BLAS_NAME);
+}
 
 static const Ops CPU_OPS = {
     .name = "cpu",

@@ -1,8 +1,8 @@
 // cpu/gemm.h: out (M, N) [+]= alpha * a (M, K) . b (N, K)^T through single-precision BLAS (cblas_sgemm, OpenBLAS).
 //
-// Carrier f32: operands are decoded to f32, which is exact for every format of the program, and multiplied in f32. The output
-// is cut into fixed tiles, one BLAS call each, the calls spread over the OpenMP threads with BLAS itself on one thread: no second
-// thread pool fights the first, and results do not depend on the number of threads.
+// Carrier f32: operands are decoded to f32, which is exact for every format of the program, and multiplied in f32. The
+// output is cut into fixed tiles, one BLAS call each, the calls spread over the OpenMP threads with BLAS itself on one
+// thread: no second thread pool fights the first, and results do not depend on the number of threads.
 #pragma once
 #include "../ops.h"
 #ifdef USE_BLAS
@@ -22,12 +22,13 @@ static void blas_single_thread(void) {}
 #define GEMM_TILE_M 256
 #define GEMM_TILE_N 512
 
-// row-major out (M, N), ld ldo = alpha * op(a) . op(b)^T + beta * out, where op(a) is (M, K), lying as (K, M) where a_transposed
-static void sgemm(float* out, int ldo, const float* a, int lda, int a_transposed, const float* b, int ldb, int b_transposed,
-                  int M, int N, int K, float alpha, float beta) {
+// row-major out (M, N), ld ldo = alpha * op(a) . op(b)^T + beta * out, where op(a) is (M, K), lying as (K, M) where
+// a_transposed
+static void sgemm(float* out, int ldo, const float* a, int lda, int a_transposed, const float* b, int ldb,
+                  int b_transposed, int M, int N, int K, float alpha, float beta) {
 #ifdef USE_BLAS
-    cblas_sgemm(CblasRowMajor, a_transposed ? CblasTrans : CblasNoTrans, b_transposed ? CblasNoTrans : CblasTrans, M, N, K,
-                alpha, a, lda, b, ldb, beta, out, ldo);
+    cblas_sgemm(CblasRowMajor, a_transposed ? CblasTrans : CblasNoTrans, b_transposed ? CblasNoTrans : CblasTrans, M, N,
+                K, alpha, a, lda, b, ldb, beta, out, ldo);
 #else
     for (int i = 0; i < M; i++) {
         for (int j = 0; j < N; j++) {
@@ -73,7 +74,9 @@ static double blas_rate(int n, int threads) {
     return 2.0 * n * n * n / best * 1e-9;
 }
 
-static int operand_needs_decoding(const QTensor* q) { return q->format != FORMAT_FLOATX || sizeof(floatX) != sizeof(float); }
+static int operand_needs_decoding(const QTensor* q) {
+    return q->format != FORMAT_FLOATX || sizeof(floatX) != sizeof(float);
+}
 
 static void decode_group(float* out, const uint8_t* codes, float scale) {
     uint32_t words[GROUP / 8];

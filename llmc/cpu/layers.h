@@ -1,8 +1,8 @@
 // cpu/layers.h: embedding, RMSNorm, RoPE, SwiGLU, cross-entropy, AdamW, sums on the CPU. Readable loops that vectorize.
 //
-// `omp simd` stands where the compiler cannot see that an output does not overlap the inputs (in-place use is index by index).
-// Deterministic: a sum has one order, whatever the number of threads. Gradients of weights are parallel over columns, so
-// each thread adds all tokens of its columns in token order.
+// `omp simd` stands where the compiler cannot see that an output does not overlap the inputs (in-place use is index by
+// index). Deterministic: a sum has one order, whatever the number of threads. Gradients of weights are parallel over
+// columns, so each thread adds all tokens of its columns in token order.
 #pragma once
 #include "../ops.h"
 
@@ -63,7 +63,8 @@ static inline float sum_of_squares_row(const floatX* x, int C) {
     return sum;
 }
 
-static void cpu_rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C, float eps) {
+static void cpu_rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C,
+                                float eps) {
 #pragma omp parallel for schedule(static)
     for (int t = 0; t < BT; t++) {
         const floatX* x = inp + (size_t)t * C;
@@ -79,15 +80,15 @@ static void cpu_rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, con
 
 static void cpu_add(floatX* out, const floatX* a, const floatX* b, size_t n);
 
-static void cpu_add_rmsnorm_forward(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight, int BT,
-                                    int C, float eps) {
+static void cpu_add_rmsnorm_forward(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b,
+                                    const floatX* weight, int BT, int C, float eps) {
     cpu_add(sum, a, b, (size_t)BT * C);
     cpu_rmsnorm_forward(out, rstd, sum, weight, BT, C, eps);
 }
 
 // y = x r w: dx = r (w dy - x r^2 mean(w dy x)), dw = sum over tokens of dy x r
-static void cpu_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual, const floatX* inp,
-                                 const floatX* weight, const float* rstd, int BT, int C) {
+static void cpu_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual,
+                                 const floatX* inp, const floatX* weight, const float* rstd, int BT, int C) {
     int strips = (int)ceil_div(C, COLUMN_STRIP);
 #pragma omp parallel for schedule(static)
     for (int strip = 0; strip < strips; strip++) {
@@ -283,7 +284,8 @@ static void cpu_adamw(const AdamwArgs* a) {
     float *master = a->master, *first = a->m, *second = a->v;
     const float* grad = a->grad;
     floatX* param = a->param;
-    float beta1 = a->beta1, beta2 = a->beta2, eps = a->eps, decay = lr * a->weight_decay, scale = a->control->grad_scale;
+    float beta1 = a->beta1, beta2 = a->beta2, eps = a->eps, decay = lr * a->weight_decay,
+          scale = a->control->grad_scale;
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < a->count; i++) {
         float g = grad[i] * scale;

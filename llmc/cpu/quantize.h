@@ -1,22 +1,24 @@
 // cpu/quantize.h: rotation, QuEST and absmax quantization to MXFP4 on the CPU; the oracle of every other backend.
 //
-// DESIGN of the arithmetic (arXiv 2505.14669 v4, Algorithm 1; every operation is one f32 rounding, in this order, on every
-// backend, so that codes, scales and masks are equal bit for bit):
-//   H x        butterflies over 32 values at distances 1, 2, 4, 8, 16 (a, b -> a + b, a - b), then times f32(1/sqrt(32))
-//   quest      sums of xh and xh^2 by adjacent pairs, five levels; var = max(0, s2/32 - (s1/32)^2); v = sqrt(var) * 0.48707976 + 1e-8;
+// DESIGN of the arithmetic (arXiv 2505.14669 v4, Algorithm 1; every operation is one f32 rounding, in this order, on
+// every backend, so that codes, scales and masks are equal bit for bit):
+//   H x        butterflies over 32 values at distances 1, 2, 4, 8, 16 (a, b -> a + b, a - b), then times
+//   f32(1/sqrt(32)) quest      sums of xh and xh^2 by adjacent pairs, five levels; var = max(0, s2/32 - (s1/32)^2); v =
+//   sqrt(var) * 0.48707976 + 1e-8;
 //              s = 2^floor(log2 v); code = rtn(xh/s); mask = |xh/s| < 6
 //   absmax     s = 2^(floor(log2 max|x|) - 2), at least 2^-127; code = round(3/4 * (x/s)); the value is owed 4/3
-//   A group with a NaN or an infinity (quest: or whose squares overflow) gets the NaN scale 255, codes 0 and mask 0, so that the
-//   fault reaches the loss and the step is skipped instead of being trained on.
+//   A group with a NaN or an infinity (quest: or whose squares overflow) gets the NaN scale 255, codes 0 and mask 0, so
+//   that the fault reaches the loss and the step is skipped instead of being trained on.
 //
-// A tile is one rotation block (32 values along K) of TILE_LANES rows, value-major: every loop over lanes is one vector operation.
+// A tile is one rotation block (32 values along K) of TILE_LANES rows, value-major: every loop over lanes is one vector
+// operation.
 #pragma once
 #include "../ops.h"
 
 #define TILE_LANES 16
 
 #define HADAMARD_SCALE 0.17677669529663687f          // 1/sqrt(32)
-#define QUEST_SCALE ((float)(2.92247856 / 6.0))      // MSE-optimal clipping of a Gaussian for E2M1, over its largest value
+#define QUEST_SCALE ((float)(2.92247856 / 6.0))  // MSE-optimal clipping of a Gaussian for E2M1, over its largest value
 #define QUEST_EPSILON 1e-8f
 
 typedef struct {
@@ -277,9 +279,10 @@ static void quantize_tile(const QuantizeArgs* args, int r0, int c0) {
 
 static void cpu_quantize(const QuantizeArgs* args) {
     QTensor* out = args->out;
-    check(cpu_quantize_supports(&args->spec) && out->format == FORMAT_MXFP4, "internal: quantizer without an implementation");
-    check(out->cols % GROUP == 0, "contraction dimension %d is not a multiple of %d, which MXFP4 groups need", out->cols,
-          GROUP);
+    check(cpu_quantize_supports(&args->spec) && out->format == FORMAT_MXFP4,
+          "internal: quantizer without an implementation");
+    check(out->cols % GROUP == 0, "contraction dimension %d is not a multiple of %d, which MXFP4 groups need",
+          out->cols, GROUP);
     if (args->spec.source == SOURCE_SAVED) {
         check(args->saved && args->saved->rows == out->cols && args->saved->cols == out->rows && out->rows % GROUP == 0,
               "internal: the saved operand is not (%d, %d)", out->cols, out->rows);
@@ -337,10 +340,15 @@ static void unrotate_all(void* x, OutType type, const uint32_t* mask, int rows, 
 #pragma omp parallel for collapse(2) schedule(static)
     for (int tile = 0; tile < tiles; tile++) {
         for (int block = 0; block < blocks; block++) {
-            unrotate_tile(x, type, mask, tile * TILE_LANES, block * GROUP, cols, min_int(TILE_LANES, rows - tile * TILE_LANES));
+            unrotate_tile(x, type, mask, tile * TILE_LANES, block * GROUP, cols,
+                          min_int(TILE_LANES, rows - tile * TILE_LANES));
         }
     }
 }
 
-static void cpu_unrotate(floatX* x, const uint32_t* mask, int rows, int cols) { unrotate_all(x, OUT_FLOATX, mask, rows, cols); }
-static void cpu_unrotate_f32(float* x, const uint32_t* mask, int rows, int cols) { unrotate_all(x, OUT_F32, mask, rows, cols); }
+static void cpu_unrotate(floatX* x, const uint32_t* mask, int rows, int cols) {
+    unrotate_all(x, OUT_FLOATX, mask, rows, cols);
+}
+static void cpu_unrotate_f32(float* x, const uint32_t* mask, int rows, int cols) {
+    unrotate_all(x, OUT_F32, mask, rows, cols);
+}

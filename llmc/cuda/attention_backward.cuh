@@ -56,29 +56,27 @@ attention_delta_kernel(float* lse_log2, float* delta, const floatX* dout, const 
     }
 }
 
-// What a block walks over: `heads` query heads (1 in PASS_DQ), in each `count` tiles from `first` on
-typedef struct { int b, row0, head, heads, first, count; } BackwardWalk;
+// the tile of rows at that place of the order; head: the query head, or (PASS_DKV) the first one of the group
+template <int PASS>
+__device__ __forceinline__ RowTile backward_work(AttentionShape s, TileOrder order, int index) {
+    RowTile work;
+    int rank, head, heads = PASS == PASS_DQ ? s.NH : s.NKV;
+    tile_decode(order, index, &rank, &head);
+    work.b = head / heads;
+    work.head = head % heads * (PASS == PASS_DQ ? 1 : s.NH / s.NKV);
+    work.row0 = (PASS == PASS_DQ ? order.row_tiles - 1 - rank : rank) * BACKWARD_ROWS;
+    return work;
+}
+
+// What those rows walk over: `heads` query heads (1 in PASS_DQ), in each the tiles first .. end - 1
+typedef struct { int heads, first, end; } BackwardWalk;
 
 template <int PASS, int COLS>
-__device__ __forceinline__ BackwardWalk backward_walk(AttentionShape s, TileOrder order, int index) {
+__device__ __forceinline__ BackwardWalk backward_walk(AttentionShape s, int row0) {
     BackwardWalk w;
-    int rank, head;
-    tile_decode(order, index, &rank, &head);
-    if (PASS == PASS_DQ) {
-        w.b = head / s.NH;
-        w.head = head % s.NH;
-        w.heads = 1;
-        w.row0 = (order.row_tiles - 1 - rank) * BACKWARD_ROWS;
-        w.first = 0;
-        w.count = (min(w.row0 + BACKWARD_ROWS, s.T) + COLS - 1) / COLS;
-    } else {
-        w.b = head / s.NKV;
-        w.heads = s.NH / s.NKV;
-        w.head = head % s.NKV * w.heads;
-        w.row0 = rank * BACKWARD_ROWS;
-        w.first = w.row0 / COLS;
-        w.count = (s.T + COLS - 1) / COLS - w.first;
-    }
+    w.heads = PASS == PASS_DQ ? 1 : s.NH / s.NKV;
+    w.first = PASS == PASS_DQ ? 0 : row0 / COLS;
+    w.end = ((PASS == PASS_DQ ? min(row0 + BACKWARD_ROWS, s.T) : s.T) + COLS - 1) / COLS;
     return w;
 }
 
@@ -148,17 +146,18 @@ attention_backward_mma_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
     extern __shared__ __align__(1024) unsigned char attention_memory[];
     float* column_statistics = (float*)(attention_memory + 2 * Tile::ROW_BYTES + 4 * Tile::COL_BYTES);  // (stage, lse or delta, COLS)
     uint32_t x_tile = shared_address(attention_memory), y_tile = x_tile + Tile::ROW_BYTES, stages = y_tile + Tile::ROW_BYTES;
-    BackwardWalk w = backward_walk<PASS, Tile::COLS>(s, order, blockIdx.x);
+    RowTile work = backward_work<PASS>(s, order, blockIdx.x);
+    BackwardWalk w = backward_walk<PASS, Tile::COLS>(s, work.row0);
     int width = (s.NH + 2 * s.NKV) * HS, out_width = s.NH * HS, lane = threadIdx.x % WARP_LANES, warp = threadIdx.x / WARP_LANES;
-    const floatX* q = qkv + (size_t)w.b * s.T * width + (size_t)w.head * HS;
-    const floatX* k = qkv + (size_t)w.b * s.T * width + (size_t)(s.NH + w.head / (s.NH / s.NKV)) * HS;
-    const floatX* d = dout + (size_t)w.b * s.T * out_width + (size_t)w.head * HS;
+    const floatX* q = qkv + (size_t)work.b * s.T * width + (size_t)work.head * HS;
+    const floatX* k = qkv + (size_t)work.b * s.T * width + (size_t)(s.NH + work.head / (s.NH / s.NKV)) * HS;
+    const floatX* d = dout + (size_t)work.b * s.T * out_width + (size_t)work.head * HS;
     const floatX* v = k + (size_t)s.NKV * HS;
-    size_t statistics_at = ((size_t)w.b * s.NH + w.head) * statistics.T_padded;
-    int row = w.row0 + warp * 16, steps = w.heads * w.count;
+    size_t statistics_at = ((size_t)work.b * s.NH + work.head) * statistics.T_padded;
+    int row = work.row0 + warp * 16, count = w.end - w.first, steps = w.heads * count;
 
-    tile_copy<HS, BACKWARD_ROWS, Tile::THREADS>(x_tile, PASS == PASS_DQ ? q : k, width, w.row0, s.T);
-    tile_copy<HS, BACKWARD_ROWS, Tile::THREADS>(y_tile, PASS == PASS_DQ ? d : v, PASS == PASS_DQ ? out_width : width, w.row0, s.T);
+    tile_copy<HS, BACKWARD_ROWS, Tile::THREADS>(x_tile, PASS == PASS_DQ ? q : k, width, work.row0, s.T);
+    tile_copy<HS, BACKWARD_ROWS, Tile::THREADS>(y_tile, PASS == PASS_DQ ? d : v, PASS == PASS_DQ ? out_width : width, work.row0, s.T);
     float acc1[HS / 2], acc2[PASS == PASS_DKV ? HS / 2 : 2], scores[COLS / 2], dp[COLS / 2], row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
     uint32_t packed[COLS / 4];
     fragment_zero<HS>(acc1);
@@ -176,7 +175,7 @@ attention_backward_mma_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
         copies_wait<0>();
         __syncthreads();  // this step's tiles are here, and nobody reads the other stage any more
         if (next < steps) {
-            int head = next / w.count, col0 = (w.first + next % w.count) * COLS;
+            int head = next / count, col0 = (w.first + next % count) * COLS;
             uint32_t a_tile = stages + (next & 1) * 2 * Tile::COL_BYTES, b_tile = a_tile + Tile::COL_BYTES;
             if (PASS == PASS_DQ) {
                 tile_copy<HS, Tile::COLS, Tile::THREADS>(a_tile, k, width, col0, s.T);
@@ -192,7 +191,7 @@ attention_backward_mma_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
             }
         }
         copies_commit();
-        int col0 = (w.first + (step < 0 ? 0 : step % w.count)) * COLS;
+        int col0 = (w.first + (step < 0 ? 0 : step % count)) * COLS;
         if (step < 0 || !tile_is_visible<PASS>(row, 16, col0, COLS)) {
             continue;
         }
@@ -224,15 +223,19 @@ template <int HS, int PASS>
 struct BackwardTile {
     // registers: acc1, acc2 (HS/2 each), S and dP (COLS/2 each), packed P and dS (COLS/4 each) must fit 240
     static constexpr int GROUPS = 2, COLS = PASS == PASS_DKV ? 64 : 128, STAGES = PASS == PASS_DKV ? (HS == 64 ? 4 : 3) : (HS == 64 ? 3 : 2);
-    static constexpr int THREADS = WARPGROUP * (GROUPS + 1);
-    static constexpr int ROW_BYTES = BACKWARD_ROWS * HS * 2, COL_BYTES = COLS * HS * 2, STATISTICS_BYTES = PASS == PASS_DKV ? 2 * COLS * 4 : 0;
-    static constexpr int BARRIERS = 2 + 2 * STAGES;
-    // X, Y, staging of an output, ring of (A, B), (lse, delta); 1024: to align
-    static constexpr int BYTES = 3 * ROW_BYTES + STAGES * (2 * COL_BYTES + STATISTICS_BYTES) + BARRIERS * 8 + 1024;
+    static constexpr int OUTPUTS = PASS == PASS_DKV ? 2 : 1, THREADS = WARPGROUP * (GROUPS + 1);
+    static constexpr int ROW_BYTES = BACKWARD_ROWS * HS * 2, COL_BYTES = COLS * HS * 2;
+    // lse and delta: of each warpgroup's rows, or of each stage's columns
+    static constexpr int STATISTICS = PASS == PASS_DKV ? COLS : 64, STATISTICS_SETS = PASS == PASS_DKV ? STAGES : GROUPS;
+    static constexpr int BARRIERS = 2 * GROUPS + 2 * STAGES;
+    // X, Y, ring of (A, B), staging of the outputs; 1024: to align
+    static constexpr int BYTES = (2 + OUTPUTS) * ROW_BYTES + STAGES * 2 * COL_BYTES + STATISTICS_SETS * STATISTICS * 8 + GROUPS * (int)sizeof(RowTile) +
+                                 BARRIERS * 8 + 1024;
 };
 
+// rows_full, rows_empty: one barrier a warpgroup, so that one may end a tile while the other begins the next
 typedef struct {
-    uint32_t x, y, staging, ring, statistics;
+    uint32_t x, y, staging, ring, statistics, work;
     uint32_t rows_full, rows_empty, ring_full, ring_empty;
 } BackwardMemory;
 
@@ -243,45 +246,70 @@ __device__ __forceinline__ BackwardMemory backward_memory(unsigned char* memory)
     m.x = (shared_address(memory) + 1023u) & ~1023u;
     m.y = m.x + Tile::ROW_BYTES;
     m.staging = m.y + Tile::ROW_BYTES;
-    m.ring = m.staging + Tile::ROW_BYTES;
+    m.ring = m.staging + Tile::OUTPUTS * Tile::ROW_BYTES;
     m.statistics = m.ring + Tile::STAGES * 2 * Tile::COL_BYTES;
-    m.rows_full = m.statistics + Tile::STAGES * Tile::STATISTICS_BYTES;
-    m.rows_empty = m.rows_full + 8;
-    m.ring_full = m.rows_empty + 8;
+    m.work = m.statistics + Tile::STATISTICS_SETS * Tile::STATISTICS * 8;
+    m.rows_full = m.work + Tile::GROUPS * sizeof(RowTile);
+    m.rows_empty = m.rows_full + 8 * Tile::GROUPS;
+    m.ring_full = m.rows_empty + 8 * Tile::GROUPS;
     m.ring_empty = m.ring_full + 8 * Tile::STAGES;
     return m;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// one thread
+// one thread: X and Y
 template <int HS, int PASS>
-__device__ __forceinline__ void backward_produce(const CUtensorMap* qkv_map, const CUtensorMap* dout_map, BackwardMemory m,
-                                                 BackwardStatistics statistics, AttentionShape s, TileOrder order) {
+__device__ __forceinline__ void backward_produce_rows(const CUtensorMap* qkv_map, const CUtensorMap* dout_map, BackwardMemory m,
+                                                      BackwardStatistics statistics, AttentionShape s, TileOrder order) {
+    typedef BackwardTile<HS, PASS> Tile;
+    for (int wave = 0; tile_of_wave(wave) < order.total; wave++) {
+        RowTile work = backward_work<PASS>(s, order, tile_of_wave(wave));
+        int kv = work.head / (s.NH / s.NKV), k_column = (s.NH + kv) * HS, v_column = k_column + s.NKV * HS, q_column = work.head * HS;
+        size_t from = ((size_t)work.b * s.NH + work.head) * statistics.T_padded + work.row0;
+        for (int group = 0; group < Tile::GROUPS; group++) {
+            uint32_t full = m.rows_full + group * 8, part = group * 64 * SLAB_ROW_BYTES, to = m.statistics + group * Tile::STATISTICS * 8;
+            barrier_wait(m.rows_empty + group * 8, ~wave & 1);
+            row_tile_pass(m.work + group * sizeof(RowTile), work);
+            barrier_expect(full, 2 * 64 * HS * 2 + (PASS == PASS_DQ ? 64 * 8 : 0));
+            for (int slab = 0; slab < HS / SLAB; slab++) {
+                uint32_t at = part + slab * BACKWARD_ROWS * SLAB_ROW_BYTES;
+                int row = work.row0 + group * 64, column = slab * SLAB;
+                box_load(m.x + at, qkv_map, full, (PASS == PASS_DQ ? q_column : k_column) + column, row, work.b);
+                box_load(m.y + at, PASS == PASS_DQ ? dout_map : qkv_map, full, (PASS == PASS_DQ ? q_column : v_column) + column, row, work.b);
+            }
+            if (PASS == PASS_DQ) {
+                run_load(to, statistics.lse_log2 + from + group * 64, 64 * 4, full);
+                run_load(to + 64 * 4, statistics.delta + from + group * 64, 64 * 4, full);
+            }
+        }
+    }
+}
+
+// one thread: A and B
+template <int HS, int PASS>
+__device__ __forceinline__ void backward_produce_columns(const CUtensorMap* qkv_map, const CUtensorMap* dout_map, BackwardMemory m,
+                                                         BackwardStatistics statistics, AttentionShape s, TileOrder order) {
     typedef BackwardTile<HS, PASS> Tile;
     RingPosition ring = {0, 0};
     for (int wave = 0; tile_of_wave(wave) < order.total; wave++) {
-        BackwardWalk w = backward_walk<PASS, Tile::COLS>(s, order, tile_of_wave(wave));
-        int kv = w.head / (s.NH / s.NKV), k_column = (s.NH + kv) * HS, v_column = k_column + s.NKV * HS;
-        barrier_wait(m.rows_empty, ~wave & 1);
-        barrier_expect(m.rows_full, 2 * Tile::ROW_BYTES);
-        tile_copy_boxes<BACKWARD_ROWS, HS>(m.x, qkv_map, m.rows_full, PASS == PASS_DQ ? w.head * HS : k_column, w.row0, w.b);
-        tile_copy_boxes<BACKWARD_ROWS, HS>(m.y, PASS == PASS_DQ ? dout_map : qkv_map, m.rows_full, PASS == PASS_DQ ? w.head * HS : v_column, w.row0,
-                                           w.b);
+        RowTile work = backward_work<PASS>(s, order, tile_of_wave(wave));
+        BackwardWalk w = backward_walk<PASS, Tile::COLS>(s, work.row0);
+        int k_column = (s.NH + work.head / (s.NH / s.NKV)) * HS, v_column = k_column + s.NKV * HS;
 #pragma unroll 1
-        for (int head = w.head; head < w.head + w.heads; head++) {
+        for (int head = work.head; head < work.head + w.heads; head++) {
+            size_t from = ((size_t)work.b * s.NH + head) * statistics.T_padded;
 #pragma unroll 1
-            for (int tile = w.first; tile < w.first + w.count; tile++) {
+            for (int tile = w.first; tile < w.end; tile++) {
                 uint32_t full = m.ring_full + ring.stage * 8, a = m.ring + ring.stage * 2 * Tile::COL_BYTES, b = a + Tile::COL_BYTES;
                 barrier_wait(m.ring_empty + ring.stage * 8, ring.phase ^ 1);
-                barrier_expect(full, 2 * Tile::COL_BYTES + Tile::STATISTICS_BYTES);
-                tile_copy_boxes<Tile::COLS, HS>(a, qkv_map, full, PASS == PASS_DQ ? k_column : head * HS, tile * Tile::COLS, w.b);
+                barrier_expect(full, 2 * Tile::COL_BYTES + (PASS == PASS_DKV ? Tile::COLS * 8 : 0));
+                tile_copy_boxes<Tile::COLS, HS>(a, qkv_map, full, PASS == PASS_DQ ? k_column : head * HS, tile * Tile::COLS, work.b);
                 tile_copy_boxes<Tile::COLS, HS>(b, PASS == PASS_DQ ? qkv_map : dout_map, full, PASS == PASS_DQ ? v_column : head * HS,
-                                                tile * Tile::COLS, w.b);
+                                                tile * Tile::COLS, work.b);
                 if (PASS == PASS_DKV) {
-                    size_t from = ((size_t)w.b * s.NH + head) * statistics.T_padded + tile * Tile::COLS;
-                    uint32_t to = m.statistics + ring.stage * Tile::STATISTICS_BYTES;
-                    run_load(to, statistics.lse_log2 + from, Tile::COLS * 4, full);
-                    run_load(to + Tile::COLS * 4, statistics.delta + from, Tile::COLS * 4, full);
+                    uint32_t to = m.statistics + ring.stage * Tile::STATISTICS * 8;
+                    run_load(to, statistics.lse_log2 + from + tile * Tile::COLS, Tile::COLS * 4, full);
+                    run_load(to + Tile::COLS * 4, statistics.delta + from + tile * Tile::COLS, Tile::COLS * 4, full);
                 }
                 ring_next<Tile::STAGES>(&ring);
             }
@@ -289,37 +317,44 @@ __device__ __forceinline__ void backward_produce(const CUtensorMap* qkv_map, con
     }
 }
 
-// All steps of one tile of rows of a warpgroup; row: its first. Products of a step still run while the next one's begin: a stage is
-// given back one step late.
+// All steps of one tile of rows of a warpgroup; row: its first. Products of a step still run while the next one's begin, so a stage is given
+// back one step late, but X and Y as soon as the last S and dP are there.
 template <int HS, int PASS>
-__device__ __forceinline__ void backward_consume(float* acc1, float* acc2, const float* row_lse, const float* row_delta, BackwardMemory m,
-                                                 const float* column_statistics, RingPosition* ring, uint64_t x, uint64_t y, BackwardWalk w,
-                                                 int row, float scale_log2) {
+__device__ __forceinline__ void backward_consume(float* acc1, float* acc2, BackwardMemory m, const float* statistics, RingPosition* ring,
+                                                 BackwardWalk w, int group, int row, float scale_log2) {
     typedef BackwardTile<HS, PASS> Tile;
     const int COLS = Tile::COLS;
-    int lane = threadIdx.x % WARP_LANES, leader = lane == 0, thread_row = row + threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4;
-    float scores[COLS / 2], dp[COLS / 2];
+    int lane = threadIdx.x % WARP_LANES, leader = lane == 0, warp_row = threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4;
+    float scores[COLS / 2], dp[COLS / 2], row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
     uint32_t packed_p[PASS == PASS_DKV ? COLS / 4 : 1], packed_ds[COLS / 4];
+    uint64_t x = tile_descriptor(m.x + group * 64 * SLAB_ROW_BYTES, BACKWARD_ROWS * SLAB_ROW_BYTES), y = x + DESCRIPTOR_BYTES(Tile::ROW_BYTES);
     uint64_t a_ring = tile_descriptor(m.ring, COLS * SLAB_ROW_BYTES), b_ring = a_ring + DESCRIPTOR_BYTES(Tile::COL_BYTES);
     int reading = -1;  // the stage that unfinished products read
+    for (int r = 0; PASS == PASS_DQ && r < 2; r++) {
+        row_lse[r] = statistics[group * 2 * 64 + warp_row + 8 * r];
+        row_delta[r] = statistics[group * 2 * 64 + 64 + warp_row + 8 * r];
+    }
 #pragma unroll 1
     for (int head = 0; head < w.heads; head++) {
 #pragma unroll 1
-        for (int tile = w.first; tile < w.first + w.count; tile++) {
-            int stage = ring->stage;
+        for (int tile = w.first; tile < w.end; tile++) {
+            int stage = ring->stage, last = head == w.heads - 1 && tile == w.end - 1;
             uint64_t a = a_ring + DESCRIPTOR_BYTES(stage * 2 * Tile::COL_BYTES), b = b_ring + DESCRIPTOR_BYTES(stage * 2 * Tile::COL_BYTES);
-            const float* columns = column_statistics + stage * 2 * COLS + lane % 4 * 2;
+            const float* columns = statistics + (PASS == PASS_DKV ? stage * 2 * COLS + lane % 4 * 2 : 0);
             barrier_wait(m.ring_full + stage * 8, ring->phase);
             ring_next<Tile::STAGES>(ring);
             if (!tile_is_visible<PASS>(row, 64, tile * COLS, COLS)) {
                 products_wait<0>();
-                if (leader && reading >= 0) {
-                    barrier_arrive(m.ring_empty + reading * 8);
+                if (leader) {
+                    if (reading >= 0) {
+                        barrier_arrive(m.ring_empty + reading * 8);
+                    }
+                    barrier_arrive(m.ring_empty + stage * 8);
+                    if (last) {
+                        barrier_arrive(m.rows_empty + group * 8);
+                    }
                 }
                 reading = -1;
-                if (leader) {
-                    barrier_arrive(m.ring_empty + stage * 8);
-                }
                 continue;
             }
             products_begin();
@@ -336,7 +371,7 @@ __device__ __forceinline__ void backward_consume(float* acc1, float* acc2, const
             products_commit();
             products_wait<1>();
             registers_settle<Tile::COLS / 2>(scores);
-            probabilities<PASS, Tile::COLS>(scores, row_lse, columns, scale_log2, !tile_is_full<PASS>(row, 64, tile * COLS, COLS), thread_row,
+            probabilities<PASS, Tile::COLS>(scores, row_lse, columns, scale_log2, !tile_is_full<PASS>(row, 64, tile * COLS, COLS), row + warp_row,
                                             tile * COLS + lane % 4 * 2);
             if constexpr (PASS == PASS_DKV) {
                 registers_settle<Tile::COLS / 4>(packed_p);
@@ -349,6 +384,9 @@ __device__ __forceinline__ void backward_consume(float* acc1, float* acc2, const
                 products_wait<0>();
             }
             registers_settle<Tile::COLS / 2>(dp);
+            if (leader && last) {
+                barrier_arrive(m.rows_empty + group * 8);
+            }
             score_gradients<PASS, Tile::COLS>(dp, scores, row_delta, columns + COLS);
             fragment_pack<Tile::COLS>(packed_ds, dp);
             products_begin();
@@ -361,12 +399,33 @@ __device__ __forceinline__ void backward_consume(float* acc1, float* acc2, const
     if constexpr (PASS == PASS_DKV) {
         registers_settle<HS / 2>(acc2);
     }
-    if (leader) {
-        barrier_arrive(m.rows_empty);
-        if (reading >= 0) {
-            barrier_arrive(m.ring_empty + reading * 8);
+    if (leader && reading >= 0) {
+        barrier_arrive(m.ring_empty + reading * 8);
+    }
+}
+
+template <int HS, int PASS>
+__device__ __forceinline__ void backward_consume_all(const CUtensorMap* dqkv_map, BackwardMemory m, const float* statistics, AttentionShape s,
+                                                     TileOrder order, int group, float scale) {
+    typedef BackwardTile<HS, PASS> Tile;
+    RingPosition ring = {0, 0};
+    uint32_t staging = m.staging + group * 64 * HS * 2;
+    float acc1[HS / 2], acc2[PASS == PASS_DKV ? HS / 2 : 2];
+    for (int wave = 0; tile_of_wave(wave) < order.total; wave++) {
+        fragment_zero<HS>(acc1);
+        if constexpr (PASS == PASS_DKV) {
+            fragment_zero<HS>(acc2);
+        }
+        barrier_wait(m.rows_full + group * 8, wave & 1);
+        RowTile work = row_tile_take(m.work + group * sizeof(RowTile));
+        int row = work.row0 + group * 64, column = PASS == PASS_DQ ? work.head * HS : (s.NH + work.head / (s.NH / s.NKV)) * HS;
+        backward_consume<HS, PASS>(acc1, acc2, m, statistics, &ring, backward_walk<PASS, Tile::COLS>(s, work.row0), group, row, scale * LOG2E);
+        group_store<HS>(dqkv_map, staging, acc1, scale, scale, 1 + group, column, row, work.b);
+        if constexpr (PASS == PASS_DKV) {
+            group_store<HS>(dqkv_map, staging + Tile::ROW_BYTES, acc2, 1.0f, 1.0f, 1 + group, column + s.NKV * HS, row, work.b);
         }
     }
+    stores_wait();
 }
 #endif
 
@@ -380,8 +439,10 @@ attention_backward_wgmma_kernel(const __grid_constant__ CUtensorMap dqkv_map, co
     extern __shared__ __align__(1024) unsigned char attention_memory[];
     BackwardMemory m = backward_memory<HS, PASS>(attention_memory);
     if (threadIdx.x == 0) {
-        barrier_init(m.rows_full, 1);
-        barrier_init(m.rows_empty, 4 * Tile::GROUPS);
+        for (int i = 0; i < Tile::GROUPS; i++) {
+            barrier_init(m.rows_full + 8 * i, 1);
+            barrier_init(m.rows_empty + 8 * i, 4);
+        }
         for (int i = 0; i < Tile::STAGES; i++) {
             barrier_init(m.ring_full + 8 * i, 1);
             barrier_init(m.ring_empty + 8 * i, 4 * Tile::GROUPS);
@@ -392,39 +453,15 @@ attention_backward_wgmma_kernel(const __grid_constant__ CUtensorMap dqkv_map, co
     if (threadIdx.x < WARPGROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 0) {
-            backward_produce<HS, PASS>(&qkv_map, &dout_map, m, statistics, s, order);
+            backward_produce_columns<HS, PASS>(&qkv_map, &dout_map, m, statistics, s, order);
+        } else if (threadIdx.x == WARP_LANES) {
+            backward_produce_rows<HS, PASS>(&qkv_map, &dout_map, m, statistics, s, order);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        int group = __shfl_sync(FULL_WARP, (int)threadIdx.x / WARPGROUP, 0) - 1, lane = threadIdx.x % WARP_LANES;  // uniform, for the compiler
-        uint64_t x = tile_descriptor(m.x + group * 64 * SLAB_ROW_BYTES, BACKWARD_ROWS * SLAB_ROW_BYTES);
-        uint64_t y = x + DESCRIPTOR_BYTES(Tile::ROW_BYTES);
-        const float* column_statistics = (const float*)(attention_memory + (m.statistics - shared_address(attention_memory)));
-        uint32_t staging = m.staging + group * 64 * HS * 2;
-        RingPosition ring = {0, 0};
-        for (int wave = 0; tile_of_wave(wave) < order.total; wave++) {
-            BackwardWalk w = backward_walk<PASS, Tile::COLS>(s, order, tile_of_wave(wave));
-            int row = w.row0 + group * 64;
-            float acc1[HS / 2], acc2[PASS == PASS_DKV ? HS / 2 : 2], row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
-            fragment_zero<HS>(acc1);
-            if constexpr (PASS == PASS_DKV) {
-                fragment_zero<HS>(acc2);
-            } else {
-                size_t at = ((size_t)w.b * s.NH + w.head) * statistics.T_padded + row + threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4;
-                for (int r = 0; r < 2; r++) {
-                    row_lse[r] = statistics.lse_log2[at + 8 * r];
-                    row_delta[r] = statistics.delta[at + 8 * r];
-                }
-            }
-            barrier_wait(m.rows_full, wave & 1);
-            backward_consume<HS, PASS>(acc1, acc2, row_lse, row_delta, m, column_statistics, &ring, x, y, w, row, scale * LOG2E);
-            int column = PASS == PASS_DQ ? w.head * HS : (s.NH + w.head / (s.NH / s.NKV)) * HS;
-            group_store<HS>(&dqkv_map, staging, acc1, scale, scale, 1 + group, column, row, w.b);
-            if constexpr (PASS == PASS_DKV) {
-                group_store<HS>(&dqkv_map, staging, acc2, 1.0f, 1.0f, 1 + group, column + s.NKV * HS, row, w.b);
-            }
-        }
-        stores_wait();
+        int group = __shfl_sync(FULL_WARP, (int)threadIdx.x / WARPGROUP, 0) - 1;  // uniform, for the compiler
+        const float* statistics_memory = (const float*)(attention_memory + (m.statistics - shared_address(attention_memory)));
+        backward_consume_all<HS, PASS>(&dqkv_map, m, statistics_memory, s, order, group, scale);
     }
 #endif
 }

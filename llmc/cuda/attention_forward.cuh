@@ -88,13 +88,13 @@ struct ForwardTile {
     static constexpr int THREADS = WARPGROUP * (GROUPS + 1);
     static constexpr int Q_BYTES = ROWS * HS * 2, KV_BYTES = COLS * HS * 2;  // out is staged in as much as Q
     static constexpr int BARRIERS = 4 + 4 * STAGES;
-    static constexpr int BYTES = 3 * Q_BYTES + 2 * STAGES * KV_BYTES + BARRIERS * 8 + 1024;  // 1024: to align
+    static constexpr int BYTES = 3 * Q_BYTES + 2 * STAGES * KV_BYTES + 2 * sizeof(RowTile) + BARRIERS * 8 + 1024;  // 1024: to align
 };
 
 // Shared memory of a block: two Q, rings of K and V, staging of out; barriers full[i] (the data has come) and empty[i] (all
 // consumer warps have read it)
 typedef struct {
-    uint32_t q, k, v, staging;
+    uint32_t q, k, v, staging, work;
     uint32_t q_full, q_empty, k_full, k_empty, v_full, v_empty;
 } ForwardMemory;
 
@@ -106,7 +106,8 @@ __device__ __forceinline__ ForwardMemory forward_memory(unsigned char* memory) {
     m.k = m.q + 2 * Tile::Q_BYTES;
     m.v = m.k + Tile::STAGES * Tile::KV_BYTES;
     m.staging = m.v + Tile::STAGES * Tile::KV_BYTES;
-    m.q_full = m.staging + Tile::Q_BYTES;
+    m.work = m.staging + Tile::Q_BYTES;
+    m.q_full = m.work + 2 * sizeof(RowTile);
     m.q_empty = m.q_full + 8 * 2;
     m.k_full = m.q_empty + 8 * 2;
     m.k_empty = m.k_full + 8 * Tile::STAGES;
@@ -115,20 +116,20 @@ __device__ __forceinline__ ForwardMemory forward_memory(unsigned char* memory) {
     return m;
 }
 
-// The tile of queries of a wave, if there is one: head counts over batch and heads, key tiles are last .. 0
-typedef struct { int head, row0, last; } ForwardWork;
-
 template <int HS>
-__device__ __forceinline__ int forward_work(ForwardWork* work, AttentionShape s, TileOrder order, int wave) {
-    typedef ForwardTile<HS> Tile;
-    int rank;
-    if (tile_of_wave(wave) >= order.total) {
-        return 0;
-    }
-    tile_decode(order, tile_of_wave(wave), &rank, &work->head);
-    work->row0 = (order.row_tiles - 1 - rank) * Tile::ROWS;
-    work->last = (min(work->row0 + Tile::ROWS, s.T) - 1) / Tile::COLS;
-    return 1;
+__device__ __forceinline__ RowTile forward_work(AttentionShape s, TileOrder order, int wave) {
+    RowTile work;
+    int rank, head;
+    tile_decode(order, tile_of_wave(wave), &rank, &head);
+    work.b = head / s.NH;
+    work.head = head % s.NH;
+    work.row0 = (order.row_tiles - 1 - rank) * ForwardTile<HS>::ROWS;
+    return work;
+}
+// the last tile of keys that these queries see
+template <int HS>
+__device__ __forceinline__ int forward_last(AttentionShape s, int row0) {
+    return (min(row0 + ForwardTile<HS>::ROWS, s.T) - 1) / ForwardTile<HS>::COLS;
 }
 
 // two warpgroups take turns at the tensor cores
@@ -141,12 +142,13 @@ __device__ __forceinline__ void turn_pass(int group) { asm volatile("bar.arrive 
 template <int HS>
 __device__ __forceinline__ void forward_produce_q(const CUtensorMap* qkv_map, ForwardMemory m, AttentionShape s, TileOrder order) {
     typedef ForwardTile<HS> Tile;
-    ForwardWork work;
-    for (int wave = 0; forward_work<HS>(&work, s, order, wave); wave++) {
+    for (int wave = 0; tile_of_wave(wave) < order.total; wave++) {
+        RowTile work = forward_work<HS>(s, order, wave);
         uint32_t buffer = wave & 1, full = m.q_full + buffer * 8;
         barrier_wait(m.q_empty + buffer * 8, ~(wave >> 1) & 1);
+        row_tile_pass(m.work + buffer * sizeof(RowTile), work);
         barrier_expect(full, Tile::Q_BYTES);
-        tile_copy_boxes<Tile::ROWS, HS>(m.q + buffer * Tile::Q_BYTES, qkv_map, full, work.head % s.NH * HS, work.row0, work.head / s.NH);
+        tile_copy_boxes<Tile::ROWS, HS>(m.q + buffer * Tile::Q_BYTES, qkv_map, full, work.head * HS, work.row0, work.b);
     }
 }
 
@@ -155,11 +157,11 @@ template <int HS>
 __device__ __forceinline__ void forward_produce_kv(const CUtensorMap* qkv_map, ForwardMemory m, AttentionShape s, TileOrder order) {
     typedef ForwardTile<HS> Tile;
     RingPosition ring = {0, 0};
-    ForwardWork work;
-    for (int wave = 0; forward_work<HS>(&work, s, order, wave); wave++) {
-        int column = (s.NH + work.head % s.NH / (s.NH / s.NKV)) * HS, b = work.head / s.NH;
+    for (int wave = 0; tile_of_wave(wave) < order.total; wave++) {
+        RowTile work = forward_work<HS>(s, order, wave);
+        int column = (s.NH + work.head / (s.NH / s.NKV)) * HS, b = work.b;
 #pragma unroll 1
-        for (int tile = work.last; tile >= 0; tile--) {
+        for (int tile = forward_last<HS>(s, work.row0); tile >= 0; tile--) {
             uint32_t k_full = m.k_full + ring.stage * 8, v_full = m.v_full + ring.stage * 8;
             barrier_wait(m.k_empty + ring.stage * 8, ring.phase ^ 1);
             barrier_expect(k_full, Tile::KV_BYTES);
@@ -174,25 +176,27 @@ __device__ __forceinline__ void forward_produce_kv(const CUtensorMap* qkv_map, F
 
 // where a warpgroup stands: 64 queries from `row` of a head against one tile of keys
 typedef struct {
-    int wave, head, row, tile, fresh;  // fresh: the first keys of these queries, which hold the diagonal
-    RingPosition ring;                 // of K and V
+    int wave, b, head, row, tile, fresh;  // fresh: the first keys of these queries, which hold the diagonal
+    RingPosition ring;                    // of K and V
 } ForwardStep;
 
 // the first step of step->wave; 0 if there is none. step->ring is where the producer goes on.
 template <int HS>
 __device__ __forceinline__ int forward_enter(ForwardStep* step, ForwardMemory m, AttentionShape s, TileOrder order, int group) {
     typedef ForwardTile<HS> Tile;
-    ForwardWork work;
-    if (!forward_work<HS>(&work, s, order, step->wave)) {
+    if (tile_of_wave(step->wave) >= order.total) {
         return 0;
     }
+    barrier_wait(m.q_full + (step->wave & 1) * 8, step->wave >> 1 & 1);
+    RowTile work = row_tile_take(m.work + (step->wave & 1) * sizeof(RowTile));
+    int last = forward_last<HS>(s, work.row0);
+    step->b = work.b;
     step->head = work.head;
     step->row = work.row0 + group * 64;
-    step->tile = min(work.last, (step->row + 63) / Tile::COLS);
+    step->tile = min(last, (step->row + 63) / Tile::COLS);
     step->fresh = 1;
-    barrier_wait(m.q_full + (step->wave & 1) * 8, step->wave >> 1 & 1);
 #pragma unroll 1
-    for (int tile = work.last; tile > step->tile; tile--) {  // wholly after these queries: for the other warpgroups only
+    for (int tile = last; tile > step->tile; tile--) {  // wholly after these queries: for the other warpgroups only
         barrier_wait(m.k_full + step->ring.stage * 8, step->ring.phase);
         barrier_wait(m.v_full + step->ring.stage * 8, step->ring.phase);
         if (threadIdx.x % WARP_LANES == 0) {
@@ -265,12 +269,11 @@ __device__ __forceinline__ void forward_finish(const CUtensorMap* out_map, float
                                                ForwardMemory m, ForwardStep step, AttentionShape s, int group, float scale_log2) {
     int lane = threadIdx.x % WARP_LANES;
     float total[2] = {quad_sum(sum[0]), quad_sum(sum[1])};
-    group_store<HS>(out_map, m.staging + group * 64 * HS * 2, o, 1.0f / total[0], 1.0f / total[1], 1 + group, step.head % s.NH * HS, step.row,
-                    step.head / s.NH);
+    group_store<HS>(out_map, m.staging + group * 64 * HS * 2, o, 1.0f / total[0], 1.0f / total[1], 1 + group, step.head * HS, step.row, step.b);
     for (int r = 0; r < 2; r++) {
         int row = step.row + threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4 + 8 * r;
         if (lane % 4 == 0 && row < s.T) {
-            lse[(size_t)step.head * s.T + row] = (largest[r] * scale_log2 + log2f(total[r])) / LOG2E;
+            lse[((size_t)step.b * s.NH + step.head) * s.T + row] = (largest[r] * scale_log2 + log2f(total[r])) / LOG2E;
         }
     }
 }
@@ -283,7 +286,7 @@ __device__ __forceinline__ void forward_consume(const CUtensorMap* out_map, floa
     float o[HS / 2], scores[Tile::COLS / 2], largest[2], sum[2], correction[2];
     uint32_t p[Tile::COLS / 4];
     int leader = threadIdx.x % WARP_LANES == 0;
-    ForwardStep step = {0, 0, 0, 0, 0, {0, 0}};
+    ForwardStep step = {0, 0, 0, 0, 0, 0, {0, 0}};
     forward_enter<HS>(&step, m, s, order, group);
     barrier_wait(m.k_full + step.ring.stage * 8, step.ring.phase);
     forward_scores<HS>(scores, m, step, group);

@@ -54,6 +54,22 @@ __device__ __forceinline__ int tile_of_wave(int wave) {
     return wave * (int)gridDim.x + at;
 }
 
+// The tile of rows that one thread looked up (integer divisions) for all that compute it: passed through shared memory
+typedef struct __align__(16) { int b, head, row0, unused; } RowTile;
+
+__device__ __forceinline__ void row_tile_pass(uint32_t to, RowTile tile) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};" ::"r"(to), "r"(tile.b), "r"(tile.head), "r"(tile.row0) : "memory");
+}
+// shfl tells the compiler that the values are the same in all lanes: it multiplies in order of need only where branches are uniform
+__device__ __forceinline__ RowTile row_tile_take(uint32_t from) {
+    RowTile tile;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(tile.b), "=r"(tile.head), "=r"(tile.row0), "=r"(tile.unused) : "r"(from) : "memory");
+    tile.b = __shfl_sync(FULL_WARP, tile.b, 0);
+    tile.head = __shfl_sync(FULL_WARP, tile.head, 0);
+    tile.row0 = __shfl_sync(FULL_WARP, tile.row0, 0);
+    return tile;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // arithmetic on fragments
 

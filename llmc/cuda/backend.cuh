@@ -15,13 +15,15 @@ static int cuda_device_count(void) {
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-// Dense bf16 tensor-core peaks with f32 accumulation in TFLOP/s, from the vendor's datasheets, by a part of the device's name. The longer
-// names stand first.
-static const struct { const char* name; double tflops; } GPU_PEAKS[] = {
-    {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H200", 989}, {"GH200", 989}, {"H20", 148}, {"B200", 2250}, {"B300", 2250},
-    {"GB200", 2250}, {"A100", 312}, {"A800", 312}, {"A40", 150}, {"A10", 125}, {"L40S", 362}, {"L40", 181}, {"L4", 121},
-    {"RTX 5090", 209.5}, {"RTX 5080", 112.6}, {"RTX 4090", 165.2}, {"RTX 4080", 97.5}, {"RTX 3090", 71}, {"RTX A6000", 155},
-    {"RTX 6000 Ada", 364},
+// Dense bf16 tensor-core peaks with f32 accumulation in TFLOP/s, from the vendor's datasheets, by a part of the
+// device's name. The longer names stand first.
+static const struct { const char* name; double tflops;
+} GPU_PEAKS[] = {
+    {"H100 PCIe", 756}, {"H100 NVL", 835},   {"H100", 989},         {"H200", 989},       {"GH200", 989},
+    {"H20", 148},       {"B200", 2250},      {"B300", 2250},        {"GB200", 2250},     {"A100", 312},
+    {"A800", 312},      {"A40", 150},        {"A10", 125},          {"L40S", 362},       {"L40", 181},
+    {"L4", 121},        {"RTX 5090", 209.5}, {"RTX 5080", 112.6},   {"RTX 4090", 165.2}, {"RTX 4080", 97.5},
+    {"RTX 3090", 71},   {"RTX A6000", 155},  {"RTX 6000 Ada", 364},
 };
 
 static double cuda_peak_flops(void) {
@@ -39,8 +41,11 @@ static void* cuda_alloc(size_t bytes, const char* what) {
     if (error == cudaErrorMemoryAllocation) {
         size_t available = 0, total = 0;
         cudaMemGetInfo(&available, &total);
-        die(EXIT_NO_MEMORY, "out of GPU memory: %.0f MiB for %s, %.0f of %.0f MiB are free; a smaller --batch-size needs less, --plan shows "
-            "what takes it", (double)bytes / 1048576.0, what, (double)available / 1048576.0, (double)total / 1048576.0);
+        die(EXIT_NO_MEMORY,
+            "out of GPU memory: %.0f MiB for %s, %.0f of %.0f MiB are free; a smaller --batch-size needs less, --plan "
+            "shows "
+            "what takes it",
+            (double)bytes / 1048576.0, what, (double)available / 1048576.0, (double)total / 1048576.0);
     }
     cuda_check(error);
     cuda_check(cudaMemsetAsync(memory, 0, bytes, gpu.stream));
@@ -73,8 +78,12 @@ static int cuda_quantize_supports(const QuantSpec* spec) {
     return spec->format == FORMAT_FLOATX && spec->scale == SCALE_NONE && spec->rotation == ROTATE_NONE;
 }
 static void cuda_quantize(const QuantizeArgs*) { die(EXIT_UNEXPECTED, "internal: no quantizer on CUDA yet"); }
-static void cuda_unrotate(floatX*, const uint32_t*, int, int) { die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet"); }
-static void cuda_unrotate_f32(float*, const uint32_t*, int, int) { die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet"); }
+static void cuda_unrotate(floatX*, const uint32_t*, int, int) {
+    die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet");
+}
+static void cuda_unrotate_f32(float*, const uint32_t*, int, int) {
+    die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet");
+}
 
 // scratch of attention for a model's shape; before the first step
 static void cuda_reserve(AttentionShape shape) {
@@ -133,8 +142,9 @@ static const Ops* cuda_backend(int device) {
     gpu.minor = properties.minor;
     gpu.memory_bytes = properties.totalGlobalMem;
     snprintf(gpu.name, sizeof gpu.name, "%s", properties.name);
-    check_or(gpu.major >= 8, EXIT_NO_DEVICE, "GPU %d, %s, has compute capability %d.%d; 8.0 (Ampere) or newer is needed", device, gpu.name,
-             gpu.major, gpu.minor);
+    check_or(gpu.major >= 8, EXIT_NO_DEVICE,
+             "GPU %d, %s, has compute capability %d.%d; 8.0 (Ampere) or newer is needed", device, gpu.name, gpu.major,
+             gpu.minor);
     cuda_check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     blas_check(cublasLtCreate(&gpu.blas));
     gpu.workspace_bytes = GEMM_WORKSPACE;

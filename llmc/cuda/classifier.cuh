@@ -1,14 +1,16 @@
 // cuda/classifier.cuh: softmax cross-entropy over one chunk of logits, the gradient written over the logits.
 //
-// One block a row. First pass: running maximum and sum of exponentials of each thread's share, then over the block in a fixed order;
-// second pass, where a gradient is wanted: (softmax - onehot) * grad_scale in place; the row comes from the L2 cache then.
+// One block a row. First pass: running maximum and sum of exponentials of each thread's share, then over the block in a
+// fixed order; second pass, where a gradient is wanted: (softmax - onehot) * grad_scale in place; the row comes from
+// the L2 cache then.
 #pragma once
 #include "common.cuh"
 
 #define CLASSIFIER_THREADS 512
 
 template <int N>
-__global__ void crossentropy_kernel(float* losses, floatX* logits, const int32_t* targets, int V, float grad_scale, int with_grad) {
+__global__ void crossentropy_kernel(float* losses, floatX* logits, const int32_t* targets, int V, float grad_scale,
+                                    int with_grad) {
     floatX* row = logits + (size_t)blockIdx.x * V;
     int target = targets[blockIdx.x];
     float largest = -INFINITY, sum = 0.0f;
@@ -49,11 +51,14 @@ __global__ void crossentropy_kernel(float* losses, floatX* logits, const int32_t
     }
 }
 
-static void cuda_crossentropy(float* losses, floatX* logits, const int32_t* targets, int rows, int V, float grad_scale, int with_grad) {
+static void cuda_crossentropy(float* losses, floatX* logits, const int32_t* targets, int rows, int V, float grad_scale,
+                              int with_grad) {
     if (V % VEC == 0) {
-        crossentropy_kernel<VEC><<<rows, CLASSIFIER_THREADS, 0, gpu.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
+        crossentropy_kernel<VEC>
+            <<<rows, CLASSIFIER_THREADS, 0, gpu.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
     } else {
-        crossentropy_kernel<1><<<rows, CLASSIFIER_THREADS, 0, gpu.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
+        crossentropy_kernel<1>
+            <<<rows, CLASSIFIER_THREADS, 0, gpu.stream>>>(losses, logits, targets, V, grad_scale, with_grad);
     }
     cuda_check_launch();
 }

@@ -1,7 +1,8 @@
 // cuda/common.cuh: error checks, the one mutable global of the CUDA backend, 16-byte vectors, reductions.
 //
-// Every kernel is launched on gpu.stream; nothing here synchronizes but cuda_copy_to_host and cuda_synchronize. Kernels end in _kernel and
-// read and write 16 bytes a thread where they are bound by memory. Sums over threads have a fixed order: runs are bit-reproducible.
+// Every kernel is launched on gpu.stream; nothing here synchronizes but cuda_copy_to_host and cuda_synchronize. Kernels
+// end in _kernel and read and write 16 bytes a thread where they are bound by memory. Sums over threads have a fixed
+// order: runs are bit-reproducible.
 #pragma once
 #include "../ops.h"
 #include <cublasLt.h>

@@ -30,8 +30,8 @@ static void cuda_add(floatX* out, const floatX* a, const floatX* b, size_t n) {
 
 // one thread turns N pairs (j, j + HS/2) of one head of one token, in place; table (positions, HS/2, 2)
 template <int N>
-__global__ void rope_kernel(floatX* qkv, const float* table, int BT, int T, int heads, int width, int HS, int first_position,
-                            float direction) {
+__global__ void rope_kernel(floatX* qkv, const float* table, int BT, int T, int heads, int width, int HS,
+                            int first_position, float direction) {
     int per_head = HS / 2 / N;
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)BT * heads * per_head) {
@@ -58,12 +58,12 @@ static void cuda_rope(floatX* qkv, const float* table, AttentionShape s, int fir
     float direction = inverse ? -1.0f : 1.0f;
     if (s.HS / 2 % VEC == 0) {
         size_t items = (size_t)BT * heads * (s.HS / 2 / VEC);
-        rope_kernel<VEC><<<element_blocks(items), ELEMENT_THREADS, 0, gpu.stream>>>(qkv, table, BT, s.T, heads, width, s.HS,
-                                                                                    first_position, direction);
+        rope_kernel<VEC><<<element_blocks(items), ELEMENT_THREADS, 0, gpu.stream>>>(qkv, table, BT, s.T, heads, width,
+                                                                                    s.HS, first_position, direction);
     } else {
         size_t items = (size_t)BT * heads * (s.HS / 2);
-        rope_kernel<1><<<element_blocks(items), ELEMENT_THREADS, 0, gpu.stream>>>(qkv, table, BT, s.T, heads, width, s.HS,
-                                                                                  first_position, direction);
+        rope_kernel<1><<<element_blocks(items), ELEMENT_THREADS, 0, gpu.stream>>>(qkv, table, BT, s.T, heads, width,
+                                                                                  s.HS, first_position, direction);
     }
     cuda_check_launch();
 }
@@ -116,7 +116,8 @@ __global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const f
 static void cuda_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int BT, int F) {
     size_t n = (size_t)BT * F;
     if (F % VEC == 0) {
-        swiglu_backward_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, BT, F);
+        swiglu_backward_kernel<VEC>
+            <<<element_blocks(n / VEC), ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, BT, F);
     } else {
         swiglu_backward_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, BT, F);
     }

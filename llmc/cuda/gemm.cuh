@@ -1,9 +1,10 @@
 // cuda/gemm.cuh: out (M, N) [+]= alpha * a (M, K) . b (N, K)^T through cuBLASLt.
 //
-// cuBLASLt is column-major: our row-major out (M, N) is its (N, M), so it computes op(b) op(a). A matrix that lies K-contiguous is taken
-// transposed ("T") on the left and plain ("N") on the right, one that lies transposed the other way round; no copy is ever made.
-// A plan (descriptors and algorithm) is made once per shape: the heuristic's candidates are timed on the real operands, into a
-// scratch output where the product accumulates, and the fastest is kept. f32 accumulation.
+// cuBLASLt is column-major: our row-major out (M, N) is its (N, M), so it computes op(b) op(a). A matrix that lies
+// K-contiguous is taken transposed ("T") on the left and plain ("N") on the right, one that lies transposed the other
+// way round; no copy is ever made. A plan (descriptors and algorithm) is made once per shape: the heuristic's
+// candidates are timed on the real operands, into a scratch output where the product accumulates, and the fastest is
+// kept. f32 accumulation.
 #pragma once
 #include "common.cuh"
 
@@ -31,10 +32,11 @@ static void blas_check_at(cublasStatus_t status, const char* call, const char* f
 
 static cudaDataType_t gemm_floatX_type(void) { return sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F; }
 
-static cublasStatus_t gemm_run(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorithm, void* out, const GemmArgs* args) {
+static cublasStatus_t gemm_run(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorithm, void* out,
+                               const GemmArgs* args) {
     float alpha = args->alpha * (args->a->owed * args->b->owed), beta = args->accumulate ? 1.0f : 0.0f;
-    return cublasLtMatmul(gpu.blas, plan->operation, &alpha, args->b->dense, plan->b, args->a->dense, plan->a, &beta, out, plan->out, out,
-                          plan->out, algorithm, gpu.workspace, gpu.workspace_bytes, gpu.stream);
+    return cublasLtMatmul(gpu.blas, plan->operation, &alpha, args->b->dense, plan->b, args->a->dense, plan->a, &beta,
+                          out, plan->out, out, plan->out, algorithm, gpu.workspace, gpu.workspace_bytes, gpu.stream);
 }
 
 // milliseconds of one run, the best of three; a candidate that fails takes forever
@@ -62,13 +64,16 @@ static float gemm_time(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorit
 static void gemm_describe(GemmPlan* plan) {
     const GemmKey* k = &plan->key;
     cudaDataType_t type = gemm_floatX_type(), out_type = k->out_type == OUT_F32 ? CUDA_R_32F : type;
-    cublasOperation_t op_b = k->b_transposed ? CUBLAS_OP_N : CUBLAS_OP_T, op_a = k->a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t op_b = k->b_transposed ? CUBLAS_OP_N : CUBLAS_OP_T,
+                      op_a = k->a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     blas_check(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     blas_check(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof op_b));
     blas_check(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
     int64_t M = k->M, N = k->N, K = k->K;
-    blas_check(cublasLtMatrixLayoutCreate(&plan->b, type, k->b_transposed ? N : K, k->b_transposed ? K : N, k->b_transposed ? N : K));
-    blas_check(cublasLtMatrixLayoutCreate(&plan->a, type, k->a_transposed ? M : K, k->a_transposed ? K : M, k->a_transposed ? M : K));
+    blas_check(cublasLtMatrixLayoutCreate(&plan->b, type, k->b_transposed ? N : K, k->b_transposed ? K : N,
+                                          k->b_transposed ? N : K));
+    blas_check(cublasLtMatrixLayoutCreate(&plan->a, type, k->a_transposed ? M : K, k->a_transposed ? K : M,
+                                          k->a_transposed ? M : K));
     blas_check(cublasLtMatrixLayoutCreate(&plan->out, out_type, N, M, N));
 }
 
@@ -77,12 +82,12 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
     cublasLtMatmulHeuristicResult_t found[GEMM_CANDIDATES];
     int count = 0;
     blas_check(cublasLtMatmulPreferenceCreate(&preference));
-    blas_check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &gpu.workspace_bytes,
-                                                    sizeof gpu.workspace_bytes));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(gpu.blas, plan->operation, plan->b, plan->a, plan->out, plan->out, preference,
-                                                           GEMM_CANDIDATES, found, &count);
-    check(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt has no algorithm for a %d x %d x %d product", plan->key.M, plan->key.N,
-          plan->key.K);
+    blas_check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                    &gpu.workspace_bytes, sizeof gpu.workspace_bytes));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(gpu.blas, plan->operation, plan->b, plan->a, plan->out,
+                                                           plan->out, preference, GEMM_CANDIDATES, found, &count);
+    check(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt has no algorithm for a %d x %d x %d product",
+          plan->key.M, plan->key.N, plan->key.K);
     cublasLtMatmulPreferenceDestroy(preference);
     void* scratch = args->out;
     if (args->accumulate) {
@@ -105,8 +110,8 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
 }
 
 static const GemmPlan* gemm_plan(const GemmArgs* args) {
-    GemmKey key = {args->a->rows, args->b->rows, args->a->cols, args->a->transposed, args->b->transposed, args->out_type,
-                   args->accumulate};
+    GemmKey key = {args->a->rows,       args->b->rows,  args->a->cols,   args->a->transposed,
+                   args->b->transposed, args->out_type, args->accumulate};
     for (int i = 0; i < gemm_plan_count; i++) {
         if (!memcmp(&gemm_plans[i].key, &key, sizeof key)) {
             return &gemm_plans[i];
@@ -122,7 +127,8 @@ static const GemmPlan* gemm_plan(const GemmArgs* args) {
 }
 
 static void cuda_gemm(const GemmArgs* args) {
-    check(args->a->format == FORMAT_FLOATX && args->b->format == FORMAT_FLOATX, "internal: no carrier for quantized operands on CUDA");
+    check(args->a->format == FORMAT_FLOATX && args->b->format == FORMAT_FLOATX,
+          "internal: no carrier for quantized operands on CUDA");
     check(args->a->cols == args->b->cols, "internal: a GEMM contracts %d with %d", args->a->cols, args->b->cols);
     const GemmPlan* plan = gemm_plan(args);
     blas_check(gemm_run(plan, &plan->algorithm, args->out, args));

@@ -1,7 +1,8 @@
-// cuda/optimizer.cuh: sums, the step's decision and AdamW on the device. The host is asked nothing inside a step: norm, clip factor and
-// "skip" stay in a StepControl in device memory, and the update reads them there.
+// cuda/optimizer.cuh: sums, the step's decision and AdamW on the device. The host is asked nothing inside a step: norm,
+// clip factor and "skip" stay in a StepControl in device memory, and the update reads them there.
 //
-// Sums are deterministic: a fixed grid of blocks, each over its own elements in a fixed order, then one block over the partial sums.
+// Sums are deterministic: a fixed grid of blocks, each over its own elements in a fixed order, then one block over the
+// partial sums.
 #pragma once
 #include "common.cuh"
 
@@ -84,12 +85,13 @@ static void cuda_step_decide(StepControl* control, float grad_clip) {
 }
 
 // four elements a thread; count is a multiple of 4 except in the last block of work, which goes one by one
-__global__ void adamw_kernel(floatX* param, float* master, float* first, float* second, const float* grad, size_t n, float beta1,
-                             float beta2, float eps, float weight_decay, const StepControl* control) {
+__global__ void adamw_kernel(floatX* param, float* master, float* first, float* second, const float* grad, size_t n,
+                             float beta1, float beta2, float eps, float weight_decay, const StepControl* control) {
     if (control->skip) {
         return;
     }
-    float lr = control->lr, scale = control->grad_scale, correction1 = control->correction1, correction2 = control->correction2;
+    float lr = control->lr, scale = control->grad_scale, correction1 = control->correction1,
+          correction2 = control->correction2;
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     int count = i + 4 <= n ? 4 : i < n ? (int)(n - i) : 0;
     float w[4], m[4], v[4], g[4];
@@ -131,7 +133,7 @@ __global__ void adamw_kernel(floatX* param, float* master, float* first, float* 
 
 static void cuda_adamw(const AdamwArgs* a) {
     int blocks = (int)ceil_div((int64_t)ceil_div((int64_t)a->count, 4), 256);
-    adamw_kernel<<<blocks, 256, 0, gpu.stream>>>(a->param, a->master, a->m, a->v, a->grad, a->count, a->beta1, a->beta2, a->eps,
-                                                 a->weight_decay, a->control);
+    adamw_kernel<<<blocks, 256, 0, gpu.stream>>>(a->param, a->master, a->m, a->v, a->grad, a->count, a->beta1, a->beta2,
+                                                 a->eps, a->weight_decay, a->control);
     cuda_check_launch();
 }

@@ -1,8 +1,10 @@
 // cuda/rmsnorm.cuh: RMSNorm forward and backward, with the residual add in the same pass.
 //
-//   out = x r w, r = 1/sqrt(mean(x^2) + eps);  dx = dresidual + r (w dy - x r^2 mean(w dy x));  dw += sum over tokens of dy x r
-// One warp a row; the row is read from memory once, its second use comes from the cache. The weight's gradient is summed by a fixed
-// number of blocks, each over its own rows in order, into partial sums that a second kernel adds in order.
+//   out = x r w, r = 1/sqrt(mean(x^2) + eps);  dx = dresidual + r (w dy - x r^2 mean(w dy x));  dw += sum over tokens
+//   of dy x r
+// One warp a row; the row is read from memory once, its second use comes from the cache. The weight's gradient is
+// summed by a fixed number of blocks, each over its own rows in order, into partial sums that a second kernel adds in
+// order.
 #pragma once
 #include "common.cuh"
 
@@ -10,8 +12,8 @@
 
 // with b: sum = a + b is stored, too (the residual stream), and normalized as stored
 template <int N>
-__global__ void rmsnorm_forward_kernel(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight,
-                                       int BT, int C, float eps) {
+__global__ void rmsnorm_forward_kernel(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b,
+                                       const floatX* weight, int BT, int C, float eps) {
     int row = blockIdx.x * NORM_WARPS + threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES;
     if (row >= BT) {
         return;
@@ -49,8 +51,8 @@ __global__ void rmsnorm_forward_kernel(floatX* sum, floatX* out, float* rstd, co
     }
 }
 
-static void rmsnorm_forward_launch(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight, int BT,
-                                   int C, float eps) {
+static void rmsnorm_forward_launch(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b,
+                                   const floatX* weight, int BT, int C, float eps) {
     int blocks = (int)ceil_div(BT, NORM_WARPS), threads = NORM_WARPS * WARP_LANES;
     if (C % VEC == 0) {
         rmsnorm_forward_kernel<VEC><<<blocks, threads, 0, gpu.stream>>>(sum, out, rstd, a, b, weight, BT, C, eps);
@@ -60,18 +62,19 @@ static void rmsnorm_forward_launch(floatX* sum, floatX* out, float* rstd, const 
     cuda_check_launch();
 }
 
-static void cuda_rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C, float eps) {
+static void cuda_rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C,
+                                 float eps) {
     rmsnorm_forward_launch(NULL, out, rstd, inp, NULL, weight, BT, C, eps);
 }
 
-static void cuda_add_rmsnorm_forward(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b, const floatX* weight, int BT,
-                                     int C, float eps) {
+static void cuda_add_rmsnorm_forward(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b,
+                                     const floatX* weight, int BT, int C, float eps) {
     rmsnorm_forward_launch(sum, out, rstd, a, b, weight, BT, C, eps);
 }
 
 template <int N>
-__global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* dresidual, const floatX* inp, const floatX* weight,
-                                        const float* rstd, int BT, int C) {
+__global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* dresidual, const floatX* inp,
+                                        const floatX* weight, const float* rstd, int BT, int C) {
     int row = blockIdx.x * NORM_WARPS + threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES;
     if (row >= BT) {
         return;
@@ -79,7 +82,8 @@ __global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const 
     size_t first = (size_t)row * C;
     float dot = 0.0f, r = rstd[row];
     for (int c = lane * N; c < C; c += WARP_LANES * N) {
-        Lanes<N> dy = lanes_load<N>(dout + first + c), x = lanes_load<N>(inp + first + c), w = lanes_load<N>(weight + c);
+        Lanes<N> dy = lanes_load<N>(dout + first + c), x = lanes_load<N>(inp + first + c),
+                 w = lanes_load<N>(weight + c);
 #pragma unroll
         for (int i = 0; i < N; i++) {
             dot += floatX_to_f32(dy.v[i]) * floatX_to_f32(w.v[i]) * floatX_to_f32(x.v[i]);
@@ -87,7 +91,8 @@ __global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const 
     }
     float along = warp_sum(dot) / (float)C * r * r;
     for (int c = lane * N; c < C; c += WARP_LANES * N) {
-        Lanes<N> dy = lanes_load<N>(dout + first + c), x = lanes_load<N>(inp + first + c), w = lanes_load<N>(weight + c), o;
+        Lanes<N> dy = lanes_load<N>(dout + first + c), x = lanes_load<N>(inp + first + c),
+                 w = lanes_load<N>(weight + c), o;
         Lanes<N> residual = dresidual ? lanes_load<N>(dresidual + first + c) : dy;
 #pragma unroll
         for (int i = 0; i < N; i++) {
@@ -99,7 +104,8 @@ __global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const 
 }
 
 // partial (gridDim.y, C): block y sums its share of the rows of columns blockIdx.x * blockDim.x ...
-__global__ void rmsnorm_dweight_kernel(float* partial, const floatX* dout, const floatX* inp, const float* rstd, int BT, int C) {
+__global__ void rmsnorm_dweight_kernel(float* partial, const floatX* dout, const floatX* inp, const float* rstd, int BT,
+                                       int C) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) {
         return;
@@ -125,14 +131,17 @@ __global__ void rmsnorm_dweight_finish_kernel(float* dweight, const float* parti
     }
 }
 
-static void cuda_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual, const floatX* inp,
-                                  const floatX* weight, const float* rstd, int BT, int C) {
-    int columns = (int)ceil_div(C, 128), parts = max_int(1, min_int(min_int(BT, CUDA_PARTIALS / C), 16 * gpu.sm_count / columns));
-    rmsnorm_dweight_kernel<<<dim3((unsigned)columns, (unsigned)parts), 128, 0, gpu.stream>>>(gpu.partial, dout, inp, rstd, BT, C);
+static void cuda_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual,
+                                  const floatX* inp, const floatX* weight, const float* rstd, int BT, int C) {
+    int columns = (int)ceil_div(C, 128),
+        parts = max_int(1, min_int(min_int(BT, CUDA_PARTIALS / C), 16 * gpu.sm_count / columns));
+    rmsnorm_dweight_kernel<<<dim3((unsigned)columns, (unsigned)parts), 128, 0, gpu.stream>>>(gpu.partial, dout, inp,
+                                                                                             rstd, BT, C);
     rmsnorm_dweight_finish_kernel<<<columns, 128, 0, gpu.stream>>>(dweight, gpu.partial, parts, C);
     int blocks = (int)ceil_div(BT, NORM_WARPS), threads = NORM_WARPS * WARP_LANES;
     if (C % VEC == 0) {
-        rmsnorm_backward_kernel<VEC><<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
+        rmsnorm_backward_kernel<VEC>
+            <<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
     } else {
         rmsnorm_backward_kernel<1><<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
     }
