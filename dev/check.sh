@@ -41,11 +41,11 @@ done)
 [ -z "$found" ] || problem "$found"
 # a function begins and ends in column 1
 found=$(awk '/^[a-zA-Z[].*\{$/ && !/^(typedef|enum|struct|union|namespace|extern)/ { begin = FNR; head = $0 }
-    /^}/ && begin { n = FNR - begin + 1; if (n > 60) print FILENAME ":" begin ": " n " lines, more than 60: " head; begin = 0 }' $code)
+    /^}/ && begin { n = FNR - begin + 1; if (n > 80) print FILENAME ":" begin ": " n " lines, more than 80: " head; begin = 0 }' $code)
 [ -z "$found" ] || problem "$found"
 found=$(awk 'length > 120 { print FILENAME ":" FNR ": " length " columns, more than 120" }' $(grep '^llmc/' <<<"$code"))
 [ -z "$found" ] || problem "$found"
-title size "files of 600 lines, functions of 60, lines of llmc of 120 columns at most"
+title size "files of 600 lines, functions of 80, lines of llmc of 120 columns at most"
 
 found=$(git diff --check HEAD; grep -nE '[[:space:]]+$' $files)
 [ -z "$found" ] || problem "$found"

@@ -12,7 +12,7 @@ set -euo pipefail
 
 # Threads that wait sleep instead of spinning: on cores that are shared with other work that is several times faster.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-STEPS=${STEPS:-1000}
+STEPS=${STEPS:-600}
 RECIPE=${RECIPE:-quartet}
 TEXT=${TEXT:-}
 

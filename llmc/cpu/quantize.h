@@ -34,15 +34,20 @@ static void tile_load(Tile* tile, const QuantizeArgs* args, int r0, int c0, int 
         memset(tile->v, 0, sizeof tile->v);
     }
     if (args->spec.source == SOURCE_SAVED) {  // the source is (cols, rows): its row is our column
+        float scale[GROUP];
         for (int k = 0; k < GROUP; k++) {
             size_t i = (size_t)(c0 + k) * rows + r0;
-            float scale = ue8m0_to_f32(args->saved->scales[i / GROUP]);
-            uint32_t codes[2];  // of all 16 lanes: the source's columns are a multiple of 32
-            memcpy(codes, args->saved->codes + i / 2, sizeof codes);
+            uint64_t codes;  // of all 16 lanes: the source's columns are a multiple of 32
+            memcpy(&codes, args->saved->codes + i / 2, sizeof codes);
+            for (int l = 0; l < TILE_LANES; l++) {
+                tile->code[k][l] = (uint32_t)(codes >> (4 * l)) & 15u;
+            }
+            scale[k] = ue8m0_to_f32(args->saved->scales[i / GROUP]);
+        }
+        for (int k = 0; k < GROUP; k++) {
 #pragma omp simd
             for (int l = 0; l < TILE_LANES; l++) {
-                uint32_t word = l < TILE_LANES / 2 ? codes[0] : codes[1];
-                tile->v[k][l] = e2m1_to_f32(word >> (4 * l & 31) & 15u) * scale;
+                tile->v[k][l] = e2m1_to_f32(tile->code[k][l]) * scale[k];
             }
         }
     } else if (args->transposed) {
@@ -62,23 +67,37 @@ static void tile_load(Tile* tile, const QuantizeArgs* args, int r0, int c0, int 
     }
 }
 
-// v = H v, each lane on its own
+// v = H v, each lane on its own: stages 1, 2, 4 on eight neighbouring rows, then 8, 16 and the scale on four rows 8
+// apart, so that the tile passes through the registers twice instead of six times. The order of the additions is that
+// of the definition.
 static void tile_hadamard(Tile* tile) {
-    for (int h = 1; h < GROUP; h *= 2) {
-        for (int k = 0; k < GROUP; k++) {
-            if (!(k & h)) {
-                float *a = tile->v[k], *b = tile->v[k + h];
-                for (int l = 0; l < TILE_LANES; l++) {
-                    float sum = a[l] + b[l], difference = a[l] - b[l];
-                    a[l] = sum;
-                    b[l] = difference;
-                }
+    for (int k = 0; k < GROUP; k += 8) {
+#pragma omp simd
+        for (int l = 0; l < TILE_LANES; l++) {
+            float x[8], y[8];
+            for (int i = 0; i < 8; i++) {
+                x[i] = tile->v[k + i][l];
+            }
+            for (int i = 0; i < 8; i++) {
+                y[i] = i & 1 ? x[i ^ 1] - x[i] : x[i] + x[i ^ 1];
+            }
+            for (int i = 0; i < 8; i++) {
+                x[i] = i & 2 ? y[i ^ 2] - y[i] : y[i] + y[i ^ 2];
+            }
+            for (int i = 0; i < 8; i++) {
+                tile->v[k + i][l] = i & 4 ? x[i ^ 4] - x[i] : x[i] + x[i ^ 4];
             }
         }
     }
-    for (int k = 0; k < GROUP; k++) {
+    for (int k = 0; k < 8; k++) {
+#pragma omp simd
         for (int l = 0; l < TILE_LANES; l++) {
-            tile->v[k][l] *= HADAMARD_SCALE;
+            float a = tile->v[k][l], b = tile->v[k + 8][l], c = tile->v[k + 16][l], d = tile->v[k + 24][l];
+            float ab = a + b, ba = a - b, cd = c + d, dc = c - d;
+            tile->v[k][l] = (ab + cd) * HADAMARD_SCALE;
+            tile->v[k + 8][l] = (ba + dc) * HADAMARD_SCALE;
+            tile->v[k + 16][l] = (ab - cd) * HADAMARD_SCALE;
+            tile->v[k + 24][l] = (ba - dc) * HADAMARD_SCALE;
         }
     }
 }

@@ -219,10 +219,18 @@ attention_backward_mma_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
 // ---------------------------------------------------------------------------------------------------------------------
 // wgmma: one warpgroup feeds X, Y and a ring of (A, B) through the copy engine; two compute 64 rows each. Blocks stay on their SM.
 
+#ifndef AHEAD_DKV
+#define AHEAD_DKV 1
+#endif
+#ifndef AHEAD_DQ
+#define AHEAD_DQ 0
+#endif
 template <int HS, int PASS>
 struct BackwardTile {
-    // registers: acc1, acc2 (HS/2 each), S and dP (COLS/2 each), packed P and dS (COLS/4 each) must fit 240
-    static constexpr int GROUPS = 2, COLS = PASS == PASS_DKV ? 64 : 128, STAGES = PASS == PASS_DKV ? (HS == 64 ? 4 : 3) : (HS == 64 ? 3 : 2);
+    // AHEAD: S of the next step is multiplied before this step's gradients. Registers: acc1, acc2 (HS/2 each), S (twice if AHEAD) and dP
+    // (COLS/2 each), packed P and dS (COLS/4 each) must leave some 20 of 240
+    static constexpr int AHEAD = HS == 64 && (PASS == PASS_DKV ? AHEAD_DKV : AHEAD_DQ);
+    static constexpr int GROUPS = 2, COLS = PASS == PASS_DKV || AHEAD ? 64 : 128, STAGES = HS == 64 ? 4 : PASS == PASS_DKV ? 3 : 2;
     static constexpr int OUTPUTS = PASS == PASS_DKV ? 2 : 1, THREADS = WARPGROUP * (GROUPS + 1);
     static constexpr int ROW_BYTES = BACKWARD_ROWS * HS * 2, COL_BYTES = COLS * HS * 2;
     // lse and delta: of each warpgroup's rows, or of each stage's columns
@@ -231,6 +239,8 @@ struct BackwardTile {
     // X, Y, ring of (A, B), staging of the outputs; 1024: to align
     static constexpr int BYTES = (2 + OUTPUTS) * ROW_BYTES + STAGES * 2 * COL_BYTES + STATISTICS_SETS * STATISTICS * 8 + GROUPS * (int)sizeof(RowTile) +
                                  BARRIERS * 8 + 1024;
+    // a stage is held while a later one is skipped
+    static_assert(COLS == 128 || STAGES >= 3, "");
 };
 
 // rows_full, rows_empty: one barrier a warpgroup, so that one may end a tile while the other begins the next
@@ -317,82 +327,141 @@ __device__ __forceinline__ void backward_produce_columns(const CUtensorMap* qkv_
     }
 }
 
-// All steps of one tile of rows of a warpgroup; row: its first. Products of a step still run while the next one's begin, so a stage is given
-// back one step late, but X and Y as soon as the last S and dP are there.
+// where a warpgroup stands: 64 rows from `row` against a tile of columns
+typedef struct {
+    int head, tile, row, group;
+    BackwardWalk walk;
+    RingPosition ring;
+} BackwardStep;
+
+// From the step before on to the next one that these rows see, and wait for its A, B; 0 if there is none. ring stays behind the last one read.
 template <int HS, int PASS>
-__device__ __forceinline__ void backward_consume(float* acc1, float* acc2, BackwardMemory m, const float* statistics, RingPosition* ring,
-                                                 BackwardWalk w, int group, int row, float scale_log2) {
+__device__ __forceinline__ int backward_advance(BackwardStep* step, BackwardMemory m) {
+    typedef BackwardTile<HS, PASS> Tile;
+#pragma unroll 1
+    for (;;) {
+        if (++step->tile >= step->walk.end) {
+            step->tile = step->walk.first;
+            step->head++;
+        }
+        if (step->head >= step->walk.heads) {
+            return 0;
+        }
+        ring_next<Tile::STAGES>(&step->ring);
+        barrier_wait(m.ring_full + step->ring.stage * 8, step->ring.phase);
+        if (tile_is_visible<PASS>(step->row, 64, step->tile * Tile::COLS, Tile::COLS)) {
+            return 1;
+        }
+        if (threadIdx.x % WARP_LANES == 0) {
+            barrier_arrive(m.ring_empty + step->ring.stage * 8);
+        }
+    }
+}
+
+// start s (64, COLS) = 64 rows of x . A^T or y . B^T
+template <int HS, int PASS>
+__device__ __forceinline__ void backward_scores(float* s, uint32_t rows, uint32_t columns, int group) {
+    typedef BackwardTile<HS, PASS> Tile;
+    products_begin();
+    group_product_transposed<Tile::COLS, HS, BACKWARD_ROWS>(s, tile_descriptor(rows + group * 64 * SLAB_ROW_BYTES, BACKWARD_ROWS * SLAB_ROW_BYTES),
+                                                            tile_descriptor(columns, Tile::COLS * SLAB_ROW_BYTES));
+    products_commit();
+}
+
+// One step. If AHEAD, its scores were started before, and those of `next` are started (where there is one). Its last products still run when it
+// returns: they read *reading, which the next step gives back.
+template <int HS, int PASS>
+__device__ __forceinline__ void backward_step(float* acc1, float* acc2, float* scores, float* next_scores, uint32_t* packed_p, uint32_t* packed_ds,
+                                              BackwardStep step, BackwardStep next, int more, int* reading, BackwardMemory m,
+                                              const float* statistics, const float* row_lse, const float* row_delta, float scale_log2) {
     typedef BackwardTile<HS, PASS> Tile;
     const int COLS = Tile::COLS;
-    int lane = threadIdx.x % WARP_LANES, leader = lane == 0, warp_row = threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4;
-    float scores[COLS / 2], dp[COLS / 2], row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
+    int lane = threadIdx.x % WARP_LANES, leader = lane == 0, stage = step.ring.stage, group = step.group, col0 = step.tile * COLS;
+    uint32_t a = m.ring + stage * 2 * Tile::COL_BYTES, b = a + Tile::COL_BYTES;
+    const float* columns = statistics + (PASS == PASS_DKV ? stage * 2 * COLS + lane % 4 * 2 : 0);
+    float dp[COLS / 2];
+    if constexpr (!Tile::AHEAD) {
+        backward_scores<HS, PASS>(scores, m.x, a, group);
+        products_wait<1>();  // all of the step before is done: its packed P and dS make room for dP
+        registers_settle<COLS / 4>(packed_ds);
+        if (leader && *reading >= 0) {
+            barrier_arrive(m.ring_empty + *reading * 8);
+        }
+        *reading = stage;
+    }
+    backward_scores<HS, PASS>(dp, m.y, b, group);
+    products_wait<1>();
+    registers_settle<COLS / 2>(scores);
+    if constexpr (Tile::AHEAD) {
+        registers_settle<COLS / 4>(packed_ds);
+        if (leader && *reading >= 0) {
+            barrier_arrive(m.ring_empty + *reading * 8);
+        }
+        *reading = stage;
+    }
+    probabilities<PASS, COLS>(scores, row_lse, columns, scale_log2, !tile_is_full<PASS>(step.row, 64, col0, COLS),
+                              step.row + threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4, col0 + lane % 4 * 2);
+    if constexpr (PASS == PASS_DKV) {
+        registers_settle<COLS / 4>(packed_p);
+        fragment_pack<COLS>(packed_p, scores);
+        products_begin();
+        group_product<COLS, HS>(acc2, packed_p, tile_descriptor(b, COLS * SLAB_ROW_BYTES));
+        products_commit();
+    }
+    if constexpr (Tile::AHEAD) {  // where there is no next step the product is of old data, and not used
+        backward_scores<HS, PASS>(next_scores, m.x, m.ring + next.ring.stage * 2 * Tile::COL_BYTES, group);
+    }
+    products_wait<Tile::AHEAD + (PASS == PASS_DKV)>();
+    registers_settle<COLS / 2>(dp);
+    score_gradients<PASS, COLS>(dp, scores, row_delta, columns + COLS);
+    fragment_pack<COLS>(packed_ds, dp);
+    products_begin();
+    group_product<COLS, HS>(acc1, packed_ds, tile_descriptor(a, COLS * SLAB_ROW_BYTES));
+    products_commit();
+}
+
+// all steps of a tile of rows of a warpgroup, whose X and Y have come
+template <int HS, int PASS>
+__device__ __forceinline__ void backward_consume(float* acc1, float* acc2, BackwardStep* step, BackwardMemory m, const float* statistics,
+                                                 float scale_log2) {
+    typedef BackwardTile<HS, PASS> Tile;
+    const int COLS = Tile::COLS;
+    int leader = threadIdx.x % WARP_LANES == 0, warp_row = threadIdx.x % WARPGROUP / WARP_LANES * 16 + threadIdx.x % WARP_LANES / 4, reading = -1;
+    float scores[COLS / 2], next_scores[Tile::AHEAD ? COLS / 2 : 1], row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
     uint32_t packed_p[PASS == PASS_DKV ? COLS / 4 : 1], packed_ds[COLS / 4];
-    uint64_t x = tile_descriptor(m.x + group * 64 * SLAB_ROW_BYTES, BACKWARD_ROWS * SLAB_ROW_BYTES), y = x + DESCRIPTOR_BYTES(Tile::ROW_BYTES);
-    uint64_t a_ring = tile_descriptor(m.ring, COLS * SLAB_ROW_BYTES), b_ring = a_ring + DESCRIPTOR_BYTES(Tile::COL_BYTES);
-    int reading = -1;  // the stage that unfinished products read
     for (int r = 0; PASS == PASS_DQ && r < 2; r++) {
-        row_lse[r] = statistics[group * 2 * 64 + warp_row + 8 * r];
-        row_delta[r] = statistics[group * 2 * 64 + 64 + warp_row + 8 * r];
+        row_lse[r] = statistics[step->group * 2 * 64 + warp_row + 8 * r];
+        row_delta[r] = statistics[step->group * 2 * 64 + 64 + warp_row + 8 * r];
+    }
+    step->head = 0;
+    step->tile = step->walk.first - 1;
+    int more = backward_advance<HS, PASS>(step, m);
+    BackwardStep next = *step;
+    if constexpr (Tile::AHEAD) {
+        if (more) {
+            backward_scores<HS, PASS>(scores, m.x, m.ring + step->ring.stage * 2 * Tile::COL_BYTES, step->group);
+        }
     }
 #pragma unroll 1
-    for (int head = 0; head < w.heads; head++) {
-#pragma unroll 1
-        for (int tile = w.first; tile < w.end; tile++) {
-            int stage = ring->stage, last = head == w.heads - 1 && tile == w.end - 1;
-            uint64_t a = a_ring + DESCRIPTOR_BYTES(stage * 2 * Tile::COL_BYTES), b = b_ring + DESCRIPTOR_BYTES(stage * 2 * Tile::COL_BYTES);
-            const float* columns = statistics + (PASS == PASS_DKV ? stage * 2 * COLS + lane % 4 * 2 : 0);
-            barrier_wait(m.ring_full + stage * 8, ring->phase);
-            ring_next<Tile::STAGES>(ring);
-            if (!tile_is_visible<PASS>(row, 64, tile * COLS, COLS)) {
-                products_wait<0>();
-                if (leader) {
-                    if (reading >= 0) {
-                        barrier_arrive(m.ring_empty + reading * 8);
-                    }
-                    barrier_arrive(m.ring_empty + stage * 8);
-                    if (last) {
-                        barrier_arrive(m.rows_empty + group * 8);
-                    }
-                }
-                reading = -1;
-                continue;
+    while (more) {
+        more = Tile::AHEAD ? backward_advance<HS, PASS>(&next, m) : 0;
+        backward_step<HS, PASS>(acc1, acc2, scores, next_scores, packed_p, packed_ds, *step, next, more, &reading, m, statistics, row_lse, row_delta,
+                                scale_log2);
+        if constexpr (Tile::AHEAD) {
+            *step = next;
+            if (!more) {
+                break;
             }
-            products_begin();
-            group_product_transposed<Tile::COLS, HS, BACKWARD_ROWS>(scores, x, a);
-            products_commit();
-            products_wait<1>();  // all of the step before is done: its packed P and dS make room for dP
-            registers_settle<Tile::COLS / 4>(packed_ds);
-            if (leader && reading >= 0) {
-                barrier_arrive(m.ring_empty + reading * 8);
-            }
-            reading = stage;
-            products_begin();
-            group_product_transposed<Tile::COLS, HS, BACKWARD_ROWS>(dp, y, b);
-            products_commit();
-            products_wait<1>();
-            registers_settle<Tile::COLS / 2>(scores);
-            probabilities<PASS, Tile::COLS>(scores, row_lse, columns, scale_log2, !tile_is_full<PASS>(row, 64, tile * COLS, COLS), row + warp_row,
-                                            tile * COLS + lane % 4 * 2);
-            if constexpr (PASS == PASS_DKV) {
-                registers_settle<Tile::COLS / 4>(packed_p);
-                fragment_pack<Tile::COLS>(packed_p, scores);
-                products_begin();
-                group_product<Tile::COLS, HS>(acc2, packed_p, b);
-                products_commit();
-                products_wait<1>();
-            } else {
-                products_wait<0>();
-            }
-            registers_settle<Tile::COLS / 2>(dp);
-            if (leader && last) {
-                barrier_arrive(m.rows_empty + group * 8);
-            }
-            score_gradients<PASS, Tile::COLS>(dp, scores, row_delta, columns + COLS);
-            fragment_pack<Tile::COLS>(packed_ds, dp);
-            products_begin();
-            group_product<Tile::COLS, HS>(acc1, packed_ds, a);
-            products_commit();
+            more = backward_advance<HS, PASS>(&next, m);
+            backward_step<HS, PASS>(acc1, acc2, next_scores, scores, packed_p, packed_ds, *step, next, more, &reading, m, statistics, row_lse, row_delta,
+                                    scale_log2);
+            *step = next;
+        } else {
+            more = backward_advance<HS, PASS>(step, m);
         }
+    }
+    if (leader) {
+        barrier_arrive(m.rows_empty + step->group * 8);
     }
     products_wait<0>();
     registers_settle<HS / 2>(acc1);
@@ -408,9 +477,11 @@ template <int HS, int PASS>
 __device__ __forceinline__ void backward_consume_all(const CUtensorMap* dqkv_map, BackwardMemory m, const float* statistics, AttentionShape s,
                                                      TileOrder order, int group, float scale) {
     typedef BackwardTile<HS, PASS> Tile;
-    RingPosition ring = {0, 0};
     uint32_t staging = m.staging + group * 64 * HS * 2;
     float acc1[HS / 2], acc2[PASS == PASS_DKV ? HS / 2 : 2];
+    BackwardStep step;
+    step.group = group;
+    step.ring = {Tile::STAGES - 1, 1};  // one before the first
     for (int wave = 0; tile_of_wave(wave) < order.total; wave++) {
         fragment_zero<HS>(acc1);
         if constexpr (PASS == PASS_DKV) {
@@ -418,11 +489,13 @@ __device__ __forceinline__ void backward_consume_all(const CUtensorMap* dqkv_map
         }
         barrier_wait(m.rows_full + group * 8, wave & 1);
         RowTile work = row_tile_take(m.work + group * sizeof(RowTile));
-        int row = work.row0 + group * 64, column = PASS == PASS_DQ ? work.head * HS : (s.NH + work.head / (s.NH / s.NKV)) * HS;
-        backward_consume<HS, PASS>(acc1, acc2, m, statistics, &ring, backward_walk<PASS, Tile::COLS>(s, work.row0), group, row, scale * LOG2E);
-        group_store<HS>(dqkv_map, staging, acc1, scale, scale, 1 + group, column, row, work.b);
+        step.row = work.row0 + group * 64;
+        step.walk = backward_walk<PASS, Tile::COLS>(s, work.row0);
+        backward_consume<HS, PASS>(acc1, acc2, &step, m, statistics, scale * LOG2E);
+        int column = PASS == PASS_DQ ? work.head * HS : (s.NH + work.head / (s.NH / s.NKV)) * HS;
+        group_store<HS>(dqkv_map, staging, acc1, scale, scale, 1 + group, column, step.row, work.b);
         if constexpr (PASS == PASS_DKV) {
-            group_store<HS>(dqkv_map, staging + Tile::ROW_BYTES, acc2, 1.0f, 1.0f, 1 + group, column + s.NKV * HS, row, work.b);
+            group_store<HS>(dqkv_map, staging + Tile::ROW_BYTES, acc2, 1.0f, 1.0f, 1 + group, column + s.NKV * HS, step.row, work.b);
         }
     }
     stores_wait();
