@@ -74,6 +74,10 @@ typedef struct Ops {
     // dense bf16 peak of the device in FLOP/s, from its datasheet; 0 where it is not known
     double (*peak_flops)(void);
     void (*describe)(char* buffer, size_t bytes);
+    // ceilings, measured now: the library's own rate on large matrix products in FLOP/s, bytes a second of a large copy (read and
+    // written)
+    double (*gemm_rate)(void);
+    double (*copy_rate)(void);
 
     // out (BT, C) = weight[token]; weight (V, C)
     void (*embedding_forward)(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C);

@@ -1,6 +1,7 @@
 // attention_bench.cu: checks and times llmc/cuda/attention.cuh on a GPU, beside no other part of the trainer.
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -Xcompiler -fopenmp dev/cuda/attention_bench.cu -o attention_bench
-//   ./attention_bench [check | large | time [plain | mma.sync | wgmma]]     all without an argument; exit code 1 if a check failed
+//   ./attention_bench [check | large | time | profile [plain | mma.sync | wgmma]]     the first three without an argument; exit code 1 if a
+//                                                                                     check failed
 //
 // check  small shapes against an f64 loop on the CPU. FlashAttention's criterion: the error, largest and root mean square, is at most twice
 //        that of a naive loop which rounds S, P, dP, dS and every output to floatX, plus counted roundings. The CPU backend must meet
@@ -578,6 +579,16 @@ static void run_time(void) {
     }
 }
 
+// each kernel once on each model shape, for ncu
+static void run_profile(void) {
+    for (int i = 0; i < 3; i++) {
+        Problem p = problem_new(model_shapes[i], 0);
+        problem_run(&p, only_path < 0 ? cuda_attention_path(model_shapes[i]) : (AttentionPath)only_path);
+        cuda_check(cudaStreamSynchronize(gpu.stream));
+        problem_free(&p);
+    }
+}
+
 int main(int argc, char** argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     const char* what = argc > 1 ? argv[1] : "";
@@ -607,6 +618,9 @@ int main(int argc, char** argv) {
     }
     if (!*what || !strcmp(what, "time")) {
         run_time();
+    }
+    if (!strcmp(what, "profile")) {
+        run_profile();
     }
     printf("%d failed\n", failures);
     return failures > 0;

@@ -32,6 +32,27 @@ static int cpu_threads(void) { return 1; }
 static void cpu_set_threads(int n) { (void)n; }
 #endif
 
+static double cpu_gemm_rate(void) { return blas_rate(2048, cpu_threads()); }
+
+// a parallel copy of 256 MiB, the best of five
+static double cpu_copy_rate(void) {
+    const size_t bytes = (size_t)256 << 20, chunk = (size_t)1 << 20;
+    char *from = (char*)calloc_or_die(bytes, "copy"), *to = (char*)calloc_or_die(bytes, "copy");
+    double best = 1e30;
+    for (int i = 0; i < 5; i++) {
+        double begin = clock_seconds();
+#pragma omp parallel for schedule(static)
+        for (size_t at = 0; at < bytes; at += chunk) {
+            memcpy(to + at, from + at, chunk);
+        }
+        double seconds = clock_seconds() - begin;
+        best = seconds < best ? seconds : best;
+    }
+    free(from);
+    free(to);
+    return 2.0 * (double)bytes / best;
+}
+
 static void cpu_describe(char* buffer, size_t bytes) {
     snprintf(buffer, bytes, "%d threads, BLAS %s", cpu_threads(), CPU_BLAS_NAME);
 }
@@ -49,6 +70,8 @@ static const Ops CPU_OPS = {
     .program_bytes = cpu_program_bytes,
     .peak_flops = cpu_peak_flops,
     .describe = cpu_describe,
+    .gemm_rate = cpu_gemm_rate,
+    .copy_rate = cpu_copy_rate,
     .embedding_forward = cpu_embedding_forward,
     .embedding_backward = cpu_embedding_backward,
     .rmsnorm_forward = cpu_rmsnorm_forward,

@@ -50,7 +50,7 @@ typedef struct {
 } CpuContext;
 static CpuContext cpu;
 
-// The f32 rate that BLAS itself reaches on `threads` cores: the best of a few products of n x n matrices, in GFLOP/s
+// The f32 rate that BLAS itself reaches on `threads` cores: the best of a few products of n x n matrices, in FLOP/s
 static double blas_rate(int n, int threads) {
     size_t count = (size_t)n * n;
     float* memory = (float*)malloc_or_die(3 * count * sizeof(float), "a matrix product");
@@ -71,7 +71,7 @@ static double blas_rate(int n, int threads) {
     }
     blas_single_thread();
     free(memory);
-    return 2.0 * n * n * n / best * 1e-9;
+    return 2.0 * n * n * n / best;
 }
 
 static int operand_needs_decoding(const QTensor* q) {

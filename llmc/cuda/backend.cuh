@@ -91,6 +91,43 @@ static void cuda_reserve(AttentionShape shape) {
     cuda_attention_init(cuda_alloc(cuda_attention_scratch_bytes(shape), "attention scratch"));
 }
 
+__global__ void bench_fill_kernel(floatX* out, size_t n) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        out[i] = to_floatX((float)(philox(1, i, 0).w[0] >> 8) * 0x1p-24f - 0.5f);
+    }
+}
+
+// 8192^3 on random data, as the library multiplies in the precision of the build
+static double cuda_gemm_rate(void) {
+    const int n = 8192;
+    size_t count = (size_t)n * n;
+    floatX* memory = (floatX*)cuda_alloc(3 * count * sizeof(floatX), "a matrix product");
+    bench_fill_kernel<<<4 * gpu.sm_count, 256, 0, gpu.stream>>>(memory, 2 * count);
+    QTensor a = qtensor_view(memory, n, n, 0), b = qtensor_view(memory + count, n, n, 0);
+    GemmArgs args = {
+        .out = memory + 2 * count, .out_type = OUT_FLOATX, .accumulate = 0, .a = &a, .b = &b, .alpha = 1.0f};
+    double seconds = gemm_plan(&args)->seconds;
+    cuda_release(memory);
+    return 2.0 * n * n * n / seconds;
+}
+
+// a device-to-device copy of 2 GiB, the best of five
+static double cuda_copy_rate(void) {
+    const size_t bytes = (size_t)2 << 30;
+    char* memory = (char*)cuda_alloc(2 * bytes, "copy");
+    double best = 1e30;
+    for (int i = 0; i < 5; i++) {
+        cuda_synchronize();
+        double begin = clock_seconds();
+        cuda_check(cudaMemcpyAsync(memory, memory + bytes, bytes, cudaMemcpyDeviceToDevice, gpu.stream));
+        cuda_synchronize();
+        double seconds = clock_seconds() - begin;
+        best = seconds < best ? seconds : best;
+    }
+    cuda_release(memory);
+    return 2.0 * (double)bytes / best;
+}
+
 static void cuda_describe(char* buffer, size_t bytes) {
     snprintf(buffer, bytes, "GPU %d, %s, %.0f GiB", gpu.device, gpu.name, (double)gpu.memory_bytes / 1073741824.0);
 }
@@ -108,6 +145,8 @@ static const Ops CUDA_OPS = {
     .program_bytes = cuda_program_bytes,
     .peak_flops = cuda_peak_flops,
     .describe = cuda_describe,
+    .gemm_rate = cuda_gemm_rate,
+    .copy_rate = cuda_copy_rate,
     .embedding_forward = cuda_embedding_forward,
     .embedding_backward = cuda_embedding_backward,
     .rmsnorm_forward = cuda_rmsnorm_forward,
