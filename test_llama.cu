@@ -11,6 +11,7 @@
 
 #include "dev/test/harness.h"
 
+#include "dev/test/cuda_model.h"
 #include "dev/test/data.h"
 #include "dev/test/export.h"
 #include "dev/test/formats.h"
@@ -44,6 +45,8 @@ static const Section SECTIONS[] = {
     {"schedule", test_schedule, "learning rates"},
     {"checkpoint", test_checkpoint, "save, verify, damage"},
     {"generate", test_generate, "cached decoding, sampling"},
+    {"cuda", test_cuda, "every operation on the GPU against the CPU"},
+    {"cuda_model", test_cuda_model, "a whole model on the GPU against the CPU: gradients, training, checkpoints"},
 };
 #define SECTION_COUNT ((int)(sizeof SECTIONS / sizeof SECTIONS[0]))
 

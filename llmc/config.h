@@ -99,6 +99,7 @@ static const char* const ORIGIN_NAMES[] = {"default", "preset", "file", "command
 typedef struct {
     KNOBS(KNOB_FIELD)
     KnobOrigin origin[KNOB_COUNT_ALL];
+    char* file_text;  // of --config: knobs point into it
 } Config;
 
 typedef struct {
@@ -273,7 +274,8 @@ static void knob_set(Config* config, int id, const char* value, KnobOrigin origi
 
 // lines `name = value`; # at the start of a line or after a blank starts a comment
 static void config_read_file(Config* config, const char* path) {
-    char* text = read_file_or_die(path, NULL);  // kept: knobs point into it
+    char* text = read_file_or_die(path, NULL);
+    config->file_text = text;
     int line_number = 0;
     for (char *line = text, *next; line; line = next) {
         line_number++;

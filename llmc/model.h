@@ -190,9 +190,9 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
     }
 }
 
-// rows of logits worked on at once: about 32 MiB of them
-static int classifier_chunk_rows(int BT, int V) {
-    int64_t rows = (32 << 20) / ((int64_t)V * (int64_t)sizeof(floatX));
+// rows of logits worked on at once
+static int classifier_chunk_rows(size_t bytes, int BT, int V) {
+    int64_t rows = (int64_t)(bytes / ((size_t)V * sizeof(floatX)));
     return (int)max_i64(1, min_i64(BT, rows >= 64 ? rows / 64 * 64 : rows));
 }
 
@@ -255,7 +255,7 @@ static void model_prepare(Model* model, const Ops* ops, const ModelConfig* confi
     model->table = param_table(config);
     model->B = B;
     model->T = T;
-    model->classifier_rows = classifier_chunk_rows(B * T, config->V);
+    model->classifier_rows = classifier_chunk_rows(ops->classifier_bytes, B * T, config->V);
     model->linear.ops = ops;
     model->linear.recipe = recipe;
     model_check(model);

@@ -49,6 +49,7 @@ static void test_options(void) {
     expect(model.C == 640 && config.channels == 640 && config.origin[ID_channels] == FROM_PRESET, "channels %d",
            model.C);
     expect(config.beta2 == 0.95 && config.origin[ID_beta2] == FROM_DEFAULT, "beta2 %g", config.beta2);
+    free(config.file_text);
     free(path);
     remove_folder(folder);
 

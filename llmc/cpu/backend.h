@@ -68,6 +68,7 @@ static const Ops CPU_OPS = {
     .reserve = cpu_reserve,
     .scratch_bytes = cpu_scratch_bytes,
     .program_bytes = cpu_program_bytes,
+    .classifier_bytes = (size_t)32 << 20,
     .peak_flops = cpu_peak_flops,
     .describe = cpu_describe,
     .gemm_rate = cpu_gemm_rate,

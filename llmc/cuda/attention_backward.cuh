@@ -219,18 +219,10 @@ attention_backward_mma_kernel(floatX* dqkv, const floatX* dout, const floatX* qk
 // ---------------------------------------------------------------------------------------------------------------------
 // wgmma: one warpgroup feeds X, Y and a ring of (A, B) through the copy engine; two compute 64 rows each. Blocks stay on their SM.
 
-#ifndef AHEAD_DKV
-#define AHEAD_DKV 1
-#endif
-#ifndef AHEAD_DQ
-#define AHEAD_DQ 0
-#endif
 template <int HS, int PASS>
 struct BackwardTile {
-    // AHEAD: S of the next step is multiplied before this step's gradients. Registers: acc1, acc2 (HS/2 each), S (twice if AHEAD) and dP
-    // (COLS/2 each), packed P and dS (COLS/4 each) must leave some 20 of 240
-    static constexpr int AHEAD = HS == 64 && (PASS == PASS_DKV ? AHEAD_DKV : AHEAD_DQ);
-    static constexpr int GROUPS = 2, COLS = PASS == PASS_DKV || AHEAD ? 64 : 128, STAGES = HS == 64 ? 4 : PASS == PASS_DKV ? 3 : 2;
+    // registers: acc1, acc2 (HS/2 each), S and dP (COLS/2 each), packed P and dS (COLS/4 each) must leave some 20 of 240
+    static constexpr int GROUPS = 2, COLS = PASS == PASS_DKV ? 64 : 128, STAGES = PASS == PASS_DKV ? (HS == 64 ? 4 : 3) : (HS == 64 ? 3 : 2);
     static constexpr int OUTPUTS = PASS == PASS_DKV ? 2 : 1, THREADS = WARPGROUP * (GROUPS + 1);
     static constexpr int ROW_BYTES = BACKWARD_ROWS * HS * 2, COL_BYTES = COLS * HS * 2;
     // lse and delta: of each warpgroup's rows, or of each stage's columns
@@ -368,66 +360,15 @@ __device__ __forceinline__ void backward_scores(float* s, uint32_t rows, uint32_
     products_commit();
 }
 
-// One step. If AHEAD, its scores were started before, and those of `next` are started (where there is one). Its last products still run when it
-// returns: they read *reading, which the next step gives back.
-template <int HS, int PASS>
-__device__ __forceinline__ void backward_step(float* acc1, float* acc2, float* scores, float* next_scores, uint32_t* packed_p, uint32_t* packed_ds,
-                                              BackwardStep step, BackwardStep next, int more, int* reading, BackwardMemory m,
-                                              const float* statistics, const float* row_lse, const float* row_delta, float scale_log2) {
-    typedef BackwardTile<HS, PASS> Tile;
-    const int COLS = Tile::COLS;
-    int lane = threadIdx.x % WARP_LANES, leader = lane == 0, stage = step.ring.stage, group = step.group, col0 = step.tile * COLS;
-    uint32_t a = m.ring + stage * 2 * Tile::COL_BYTES, b = a + Tile::COL_BYTES;
-    const float* columns = statistics + (PASS == PASS_DKV ? stage * 2 * COLS + lane % 4 * 2 : 0);
-    float dp[COLS / 2];
-    if constexpr (!Tile::AHEAD) {
-        backward_scores<HS, PASS>(scores, m.x, a, group);
-        products_wait<1>();  // all of the step before is done: its packed P and dS make room for dP
-        registers_settle<COLS / 4>(packed_ds);
-        if (leader && *reading >= 0) {
-            barrier_arrive(m.ring_empty + *reading * 8);
-        }
-        *reading = stage;
-    }
-    backward_scores<HS, PASS>(dp, m.y, b, group);
-    products_wait<1>();
-    registers_settle<COLS / 2>(scores);
-    if constexpr (Tile::AHEAD) {
-        registers_settle<COLS / 4>(packed_ds);
-        if (leader && *reading >= 0) {
-            barrier_arrive(m.ring_empty + *reading * 8);
-        }
-        *reading = stage;
-    }
-    probabilities<PASS, COLS>(scores, row_lse, columns, scale_log2, !tile_is_full<PASS>(step.row, 64, col0, COLS),
-                              step.row + threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4, col0 + lane % 4 * 2);
-    if constexpr (PASS == PASS_DKV) {
-        registers_settle<COLS / 4>(packed_p);
-        fragment_pack<COLS>(packed_p, scores);
-        products_begin();
-        group_product<COLS, HS>(acc2, packed_p, tile_descriptor(b, COLS * SLAB_ROW_BYTES));
-        products_commit();
-    }
-    if constexpr (Tile::AHEAD) {  // where there is no next step the product is of old data, and not used
-        backward_scores<HS, PASS>(next_scores, m.x, m.ring + next.ring.stage * 2 * Tile::COL_BYTES, group);
-    }
-    products_wait<Tile::AHEAD + (PASS == PASS_DKV)>();
-    registers_settle<COLS / 2>(dp);
-    score_gradients<PASS, COLS>(dp, scores, row_delta, columns + COLS);
-    fragment_pack<COLS>(packed_ds, dp);
-    products_begin();
-    group_product<COLS, HS>(acc1, packed_ds, tile_descriptor(a, COLS * SLAB_ROW_BYTES));
-    products_commit();
-}
-
-// all steps of a tile of rows of a warpgroup, whose X and Y have come
+// All steps of a tile of rows of a warpgroup, whose X and Y have come. The last products of a step still run while the next one's begin, so
+// a stage is given back one step late.
 template <int HS, int PASS>
 __device__ __forceinline__ void backward_consume(float* acc1, float* acc2, BackwardStep* step, BackwardMemory m, const float* statistics,
                                                  float scale_log2) {
     typedef BackwardTile<HS, PASS> Tile;
     const int COLS = Tile::COLS;
-    int leader = threadIdx.x % WARP_LANES == 0, warp_row = threadIdx.x % WARPGROUP / WARP_LANES * 16 + threadIdx.x % WARP_LANES / 4, reading = -1;
-    float scores[COLS / 2], next_scores[Tile::AHEAD ? COLS / 2 : 1], row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
+    int lane = threadIdx.x % WARP_LANES, leader = lane == 0, warp_row = threadIdx.x % WARPGROUP / WARP_LANES * 16 + lane / 4, reading = -1;
+    float scores[COLS / 2], dp[COLS / 2], row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
     uint32_t packed_p[PASS == PASS_DKV ? COLS / 4 : 1], packed_ds[COLS / 4];
     for (int r = 0; PASS == PASS_DQ && r < 2; r++) {
         row_lse[r] = statistics[step->group * 2 * 64 + warp_row + 8 * r];
@@ -435,30 +376,37 @@ __device__ __forceinline__ void backward_consume(float* acc1, float* acc2, Backw
     }
     step->head = 0;
     step->tile = step->walk.first - 1;
-    int more = backward_advance<HS, PASS>(step, m);
-    BackwardStep next = *step;
-    if constexpr (Tile::AHEAD) {
-        if (more) {
-            backward_scores<HS, PASS>(scores, m.x, m.ring + step->ring.stage * 2 * Tile::COL_BYTES, step->group);
-        }
-    }
 #pragma unroll 1
-    while (more) {
-        more = Tile::AHEAD ? backward_advance<HS, PASS>(&next, m) : 0;
-        backward_step<HS, PASS>(acc1, acc2, scores, next_scores, packed_p, packed_ds, *step, next, more, &reading, m, statistics, row_lse, row_delta,
-                                scale_log2);
-        if constexpr (Tile::AHEAD) {
-            *step = next;
-            if (!more) {
-                break;
-            }
-            more = backward_advance<HS, PASS>(&next, m);
-            backward_step<HS, PASS>(acc1, acc2, next_scores, scores, packed_p, packed_ds, *step, next, more, &reading, m, statistics, row_lse, row_delta,
-                                    scale_log2);
-            *step = next;
-        } else {
-            more = backward_advance<HS, PASS>(step, m);
+    while (backward_advance<HS, PASS>(step, m)) {
+        int stage = step->ring.stage, col0 = step->tile * COLS;
+        uint32_t a = m.ring + 2 * stage * Tile::COL_BYTES, b = a + Tile::COL_BYTES;
+        const float* columns = statistics + (PASS == PASS_DKV ? stage * 2 * COLS + lane % 4 * 2 : 0);
+        backward_scores<HS, PASS>(scores, m.x, a, step->group);
+        products_wait<1>();  // all of the step before is done: its packed P and dS make room for dP
+        registers_settle<COLS / 4>(packed_ds);
+        if (leader && reading >= 0) {
+            barrier_arrive(m.ring_empty + reading * 8);
         }
+        reading = stage;
+        backward_scores<HS, PASS>(dp, m.y, b, step->group);
+        products_wait<1>();
+        registers_settle<COLS / 2>(scores);
+        probabilities<PASS, COLS>(scores, row_lse, columns, scale_log2, !tile_is_full<PASS>(step->row, 64, col0, COLS), step->row + warp_row,
+                                  col0 + lane % 4 * 2);
+        if constexpr (PASS == PASS_DKV) {
+            registers_settle<COLS / 4>(packed_p);
+            fragment_pack<COLS>(packed_p, scores);
+            products_begin();
+            group_product<COLS, HS>(acc2, packed_p, tile_descriptor(b, COLS * SLAB_ROW_BYTES));
+            products_commit();
+        }
+        products_wait<PASS == PASS_DKV>();
+        registers_settle<COLS / 2>(dp);
+        score_gradients<PASS, COLS>(dp, scores, row_delta, columns + COLS);
+        fragment_pack<COLS>(packed_ds, dp);
+        products_begin();
+        group_product<COLS, HS>(acc1, packed_ds, tile_descriptor(a, COLS * SLAB_ROW_BYTES));
+        products_commit();
     }
     if (leader) {
         barrier_arrive(m.rows_empty + step->group * 8);

@@ -143,6 +143,7 @@ static const Ops CUDA_OPS = {
     .reserve = cuda_reserve,
     .scratch_bytes = cuda_scratch_bytes,
     .program_bytes = cuda_program_bytes,
+    .classifier_bytes = (size_t)512 << 20,
     .peak_flops = cuda_peak_flops,
     .describe = cuda_describe,
     .gemm_rate = cuda_gemm_rate,

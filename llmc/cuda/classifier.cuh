@@ -27,11 +27,12 @@ __global__ void crossentropy_kernel(float* losses, floatX* logits, const int32_t
         }
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            sum += __expf(floatX_to_f32(x.v[j]) - largest);
+            float value = floatX_to_f32(x.v[j]);  // while all are -inf, their exponentials are 0 and a NaN stays one
+            sum += largest > -INFINITY ? __expf(value - largest) : value != value ? value : 0.0f;
         }
     }
     float row_largest = block_max(largest);
-    sum = block_sum(largest == -INFINITY ? 0.0f : sum * __expf(largest - row_largest));
+    sum = block_sum(largest > -INFINITY ? sum * __expf(largest - row_largest) : sum);
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = logf(sum) + row_largest - floatX_to_f32(row[target]);
     }

@@ -33,7 +33,7 @@ typedef struct {
 } CudaContext;
 static CudaContext gpu;
 
-#define CUDA_PARTIALS (1 << 20)
+#define CUDA_PARTIALS (4 << 20)
 #define WARP_LANES 32
 #define FULL_WARP 0xffffffffu
 

@@ -120,30 +120,115 @@ __global__ void rmsnorm_dweight_kernel(float* partial, const floatX* dout, const
     partial[(size_t)blockIdx.y * C + c] = sum;
 }
 
+// One pass for the usual shapes: thread t of a block holds columns t*VEC .. +VEC-1 for all rows of the block, so the
+// sum for the weight's gradient stays in its registers and every tensor is read once. Two rows at a time, to have more
+// loads in flight.
+__global__ void rmsnorm_backward_fused_kernel(floatX* dinp, float* partial, const floatX* dout, const floatX* dresidual,
+                                              const floatX* inp, const floatX* weight, const float* rstd, int BT,
+                                              int C) {
+    int c = threadIdx.x * VEC, active = c < C;
+    Lanes<VEC> w;
+    float sum[VEC] = {0};
+    if (active) {
+        w = lanes_load<VEC>(weight + c);
+    }
+    int share = (BT + (int)gridDim.x - 1) / (int)gridDim.x, begin = blockIdx.x * share, end = min(BT, begin + share);
+    for (int row = begin; row < end; row += 2) {
+        Lanes<VEC> dy[2], x[2];
+        float dot[2] = {0.0f, 0.0f}, r[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            int valid = active && row + k < end;
+            size_t at = (size_t)(valid ? row + k : begin) * C + (active ? c : 0);
+            dy[k] = lanes_load<VEC>(dout + at);
+            x[k] = lanes_load<VEC>(inp + at);
+            r[k] = valid ? rstd[row + k] : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                float product = floatX_to_f32(dy[k].v[i]) * floatX_to_f32(x[k].v[i]);
+                dot[k] += active ? product * floatX_to_f32(w.v[i]) : 0.0f;
+                sum[i] += product * r[k];
+            }
+        }
+        dot[0] = block_sum(dot[0]);
+        dot[1] = block_sum(dot[1]);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            if (active && row + k < end) {
+                size_t at = (size_t)(row + k) * C + c;
+                float along = dot[k] / (float)C * r[k] * r[k];
+                Lanes<VEC> residual = dresidual ? lanes_load<VEC>(dresidual + at) : dy[k], o;
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    float g =
+                        r[k] * (floatX_to_f32(w.v[i]) * floatX_to_f32(dy[k].v[i]) - floatX_to_f32(x[k].v[i]) * along);
+                    o.v[i] = to_floatX(dresidual ? floatX_to_f32(residual.v[i]) + g : g);
+                }
+                lanes_store(dinp + at, o);
+            }
+        }
+    }
+    if (active) {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            partial[(size_t)blockIdx.x * C + c + i] = sum[i];
+        }
+    }
+}
+
+// parts of the sums over threads; columns of threads add up their share in order, then the shares in order
 __global__ void rmsnorm_dweight_finish_kernel(float* dweight, const float* partial, int parts, int C) {
-    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float sums[8][WARP_LANES];
+    int c = blockIdx.x * WARP_LANES + threadIdx.x;
+    float sum = 0.0f;
     if (c < C) {
-        float sum = 0.0f;
-        for (int p = 0; p < parts; p++) {
+        for (int p = threadIdx.y; p < parts; p += 8) {
             sum += partial[(size_t)p * C + c];
+        }
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < C) {
+        for (int i = 1; i < 8; i++) {
+            sum += sums[i][threadIdx.x];
         }
         dweight[c] += sum;
     }
 }
 
+static void rmsnorm_dweight_finish(float* dweight, int parts, int C) {
+    dim3 threads(WARP_LANES, 8);
+    rmsnorm_dweight_finish_kernel<<<(int)ceil_div(C, WARP_LANES), threads, 0, gpu.stream>>>(dweight, gpu.partial, parts,
+                                                                                            C);
+}
+
 static void cuda_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual,
                                   const floatX* inp, const floatX* weight, const float* rstd, int BT, int C) {
-    int columns = (int)ceil_div(C, 128),
-        parts = max_int(1, min_int(min_int(BT, CUDA_PARTIALS / C), 16 * gpu.sm_count / columns));
+    int fused_threads = (int)round_up(C / VEC, WARP_LANES);
+    if (C % VEC == 0 && fused_threads <= 1024) {
+        int resident = max_int(1, 2048 / fused_threads);
+        int blocks = max_int(1, min_int(min_int(BT, CUDA_PARTIALS / C), resident * gpu.sm_count));
+        rmsnorm_backward_fused_kernel<<<blocks, fused_threads, 0, gpu.stream>>>(dinp, gpu.partial, dout, dresidual, inp,
+                                                                               weight, rstd, BT, C);
+        rmsnorm_dweight_finish(dweight, blocks, C);
+        cuda_check_launch();
+        return;
+    }
+    int columns = (int)ceil_div(C, 128);
+    int parts = max_int(1, min_int(min_int(BT, CUDA_PARTIALS / C), 16 * gpu.sm_count / columns));
     rmsnorm_dweight_kernel<<<dim3((unsigned)columns, (unsigned)parts), 128, 0, gpu.stream>>>(gpu.partial, dout, inp,
-                                                                                             rstd, BT, C);
-    rmsnorm_dweight_finish_kernel<<<columns, 128, 0, gpu.stream>>>(dweight, gpu.partial, parts, C);
+                                                                                            rstd, BT, C);
+    rmsnorm_dweight_finish(dweight, parts, C);
     int blocks = (int)ceil_div(BT, NORM_WARPS), threads = NORM_WARPS * WARP_LANES;
     if (C % VEC == 0) {
         rmsnorm_backward_kernel<VEC>
             <<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
     } else {
-        rmsnorm_backward_kernel<1><<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
+        rmsnorm_backward_kernel<1>
+            <<<blocks, threads, 0, gpu.stream>>>(dinp, dout, dresidual, inp, weight, rstd, BT, C);
     }
     cuda_check_launch();
 }

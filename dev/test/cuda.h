@@ -1,0 +1,556 @@
+// cuda.h: every operation of the CUDA backend against the CPU backend on the same inputs (section cuda).
+//
+// Each operation runs twice into buffers that hold NaN before: both runs must give the same bits and leave the bytes
+// behind the buffer alone. Discrete results and copies are bit-equal to the CPU's. For the rest, each backend may be
+// off by the roundings on its path and one store, so the tolerance of formats.h is counted for both. Tensor-core
+// attention also rounds P and dS to bf16: one rounding of each term of a sum, hence the root of the sum of the squared
+// terms. Without a GPU, or in a build without CUDA, nothing is counted. Here: buffers, comparisons, layers, the update;
+// products, attention and NaN follow in cuda_products.h, the whole model in cuda_model.h.
+#pragma once
+#include "ops.h"
+#ifdef USE_CUDA
+
+// is there a GPU? The backend is made ready once.
+static int cuda_test_begin(const char* section) {
+    static const Ops* ops;
+    if (cuda_device_count() == 0) {
+        printf("skip %s: no NVIDIA GPU is visible\n", section);
+        return 0;
+    }
+    if (!ops) {
+        ops = cuda_backend(0);
+        ops->reserve((AttentionShape){.B = 2, .T = 384, .NH = 8, .NKV = 1, .HS = 128});  // the largest shape below
+    }
+    return 1;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// device buffers; a case gives all of its own back at its end
+
+#define X_BYTES sizeof(floatX)
+#define GUARD_BYTES 256
+static void* device_buffers[64];
+static int device_buffer_count;
+
+static void* upload(const void* host, size_t bytes) {
+    check(device_buffer_count < 64, "a case has too many device buffers");
+    void* device = CUDA_OPS.alloc(bytes, "test");
+    CUDA_OPS.copy_to_device(device, host, bytes);
+    device_buffers[device_buffer_count++] = device;
+    return device;
+}
+
+static void release_uploads(void) {
+    CUDA_OPS.synchronize();
+    while (device_buffer_count > 0) {
+        CUDA_OPS.release(device_buffers[--device_buffer_count]);
+    }
+}
+
+// what an operation writes: a buffer on the device for each of two runs
+typedef struct { char* at[2]; size_t bytes; } Output;
+
+// begins as host, or as NaN where that is NULL; a guard follows
+static Output output_make(const void* host, size_t bytes) {
+    char* begin = (char*)malloc_or_die(bytes + GUARD_BYTES, "test");
+    memset(begin, 0xff, bytes + GUARD_BYTES);
+    if (host) {
+        memcpy(begin, host, bytes);
+    }
+    Output out = {.at = {(char*)upload(begin, bytes + GUARD_BYTES), (char*)upload(begin, bytes + GUARD_BYTES)},
+                  .bytes = bytes};
+    free(begin);
+    return out;
+}
+
+static floatX* output_x(const Output* out, int run) { return (floatX*)out->at[run]; }
+static float* output_f(const Output* out, int run) { return (float*)out->at[run]; }
+
+// back on the host; the caller frees it
+static void* output_take(const Output* out, const char* what) {
+    char *got[2], guard[GUARD_BYTES];
+    memset(guard, 0xff, GUARD_BYTES);
+    for (int run = 0; run < 2; run++) {
+        got[run] = (char*)malloc_or_die(out->bytes + GUARD_BYTES, "test");
+        CUDA_OPS.copy_to_host(got[run], out->at[run], out->bytes + GUARD_BYTES);
+        expect(!memcmp(got[run] + out->bytes, guard, GUARD_BYTES), "%s: writes behind its output", what);
+    }
+    expect(!memcmp(got[0], got[1], out->bytes), "%s: two runs give different bits", what);
+    free(got[1]);
+    return got[0];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// comparisons. `want` is the CPU's.
+
+// name of a case in messages; good for 15 calls more
+static const char* label(const char* format, ...) PRINTF_LIKE(1, 2);
+static const char* label(const char* format, ...) {
+    static char text[16][128];
+    static int turn;
+    turn = (turn + 1) % 16;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text[turn], sizeof text[turn], format, args);
+    va_end(args);
+    return text[turn];
+}
+
+static void expect_bits(char* got, const void* want, size_t bytes, const char* what) {
+    expect(!memcmp(got, want, bytes), "%s: not the bits of the CPU", what);
+    got[bytes - 1] ^= 1;
+    expect(memcmp(got, want, bytes) != 0, "%s: a planted bit is not seen", what);
+    got[bytes - 1] ^= 1;
+}
+
+static void output_same(const Output* out, const void* want, const char* what) {
+    char* got = (char*)output_take(out, what);
+    expect_bits(got, want, out->bytes, what);
+    free(got);
+}
+
+// error of one backend before the store: the given ones (NULL: none), at least `roundings` of the value; both may err
+static void near_want_pair(Near* near, size_t i, double want, const double* error, double roundings) {
+    double mine = fmax(error ? error[i] : 0.0, roundings * F32_ROUNDING * fabs(want));
+    near_want_error(near, i, want, 2.0 * mine + near->store * fabs(want));
+}
+
+static void output_near_x(const Output* out, const floatX* want, const double* error, double roundings,
+                          const char* what) {
+    floatX* got = (floatX*)output_take(out, what);
+    Near near = near_floatX(got, out->bytes / X_BYTES);
+    for (size_t i = 0; i < near.n; i++) {
+        near_want_pair(&near, i, (double)floatX_to_f32(want[i]), error, roundings);
+    }
+    near_expect(&near, "%s", what);
+    free(got);
+}
+
+static void output_near_f(const Output* out, const float* want, const double* error, double roundings,
+                          const char* what) {
+    float* got = (float*)output_take(out, what);
+    Near near = near_f32(got, out->bytes / sizeof(float));
+    for (size_t i = 0; i < near.n; i++) {
+        near_want_pair(&near, i, (double)want[i], error, roundings);
+    }
+    near_expect(&near, "%s", what);
+    free(got);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// embedding, add: copies and single additions, bit-equal
+
+static void cuda_test_embedding(int BT, int V, int C) {
+    const char* what = label("embedding of %d tokens, V %d, C %d", BT, V, C);
+    size_t n = (size_t)BT * C, nw = (size_t)V * C;
+    floatX *weight = test_tensor(nw, 1, 1.0), *dout = test_tensor(n, 2, 1.0), *want = test_tensor(n, 3, 1.0);
+    float *grad = test_zero_floats(nw), *sum = test_zero_floats(nw);
+    double *error = test_zeros(nw), *count = test_zeros(nw);
+    int32_t* tokens = (int32_t*)malloc_or_die((size_t)BT * sizeof(int32_t), "test");
+    for (int t = 0; t < BT; t++) {
+        tokens[t] = t % 3 == 2 ? V - 1 : t * 7 % V;
+    }
+    Output out = output_make(NULL, n * X_BYTES), from_zero = output_make(grad, nw * 4);
+    for (size_t i = 0; i < nw; i++) {
+        sum[i] = (float)(i % 64) * 0.125f;
+        error[i] = pow((double)sum[i], 2);
+    }
+    Output onto = output_make(sum, nw * 4);
+    const int32_t* dtokens = (const int32_t*)upload(tokens, (size_t)BT * sizeof(int32_t));
+    const floatX* dweight = (const floatX*)upload(weight, nw * X_BYTES);
+    const floatX* ddout = (const floatX*)upload(dout, n * X_BYTES);
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.embedding_forward(output_x(&out, run), dtokens, dweight, BT, C);
+        CUDA_OPS.embedding_backward(output_f(&from_zero, run), ddout, dtokens, BT, C);
+        CUDA_OPS.embedding_backward(output_f(&onto, run), ddout, dtokens, BT, C);
+    }
+    CPU_OPS.embedding_forward(want, tokens, weight, BT, C);
+    CPU_OPS.embedding_backward(grad, dout, tokens, BT, C);
+    CPU_OPS.embedding_backward(sum, dout, tokens, BT, C);
+    output_same(&out, want, what);
+    output_same(&from_zero, grad, label("%s: backward from zero", what));
+    for (size_t i = 0; i < n; i++) {
+        size_t at = (size_t)tokens[i / C] * C + i % C;
+        error[at] += pow((double)floatX_to_f32(dout[i]), 2);
+        count[at] += 1.0;
+    }
+    for (size_t i = 0; i < nw; i++) {
+        error[i] = sqrt(error[i]) * sqrt(count[i]) * F32_ROUNDING;
+    }
+    output_near_f(&onto, sum, error, 1.0, label("%s: backward", what));
+    release_uploads();
+    test_free(weight, dout, want, grad, sum, tokens, error, count);
+}
+
+static void cuda_test_add(size_t n) {
+    floatX *a = test_tensor(n, 1, 1.0), *b = test_tensor(n, 2, 1e-2), *want = test_tensor(n, 3, 1.0);
+    const floatX *da = (const floatX*)upload(a, n * X_BYTES), *db = (const floatX*)upload(b, n * X_BYTES);
+    Output out = output_make(NULL, n * X_BYTES), on_a = output_make(a, n * X_BYTES), on_b = output_make(b, n * X_BYTES);
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.add(output_x(&out, run), da, db, n);
+        CUDA_OPS.add(output_x(&on_a, run), output_x(&on_a, run), db, n);
+        CUDA_OPS.add(output_x(&on_b, run), da, output_x(&on_b, run), n);
+    }
+    CPU_OPS.add(want, a, b, n);
+    output_same(&out, want, label("add of %zu", n));
+    output_same(&on_a, want, label("add of %zu on a", n));
+    output_same(&on_b, want, label("add of %zu on b", n));
+    release_uploads();
+    test_free(a, b, want);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// RMSNorm; x holds the tokens (BT, C), then the weight (C)
+
+static void cuda_test_rmsnorm_forward(int BT, int C) {
+    const char* what = label("rmsnorm %d x %d", BT, C);
+    size_t n = (size_t)BT * C;
+    double roundings = sqrt((double)C) + 8.0;  // rsqrt within 2 units
+    floatX *x = test_tensor(n + C, 1, 1.0), *b = test_tensor(n, 2, 0.3);
+    floatX *want = test_tensor(n, 3, 1.0), *want_sum = test_tensor(n, 4, 1.0);
+    float* want_rstd = test_zero_floats((size_t)BT);
+    const floatX *dx = (const floatX*)upload(x, (n + C) * X_BYTES), *db = (const floatX*)upload(b, n * X_BYTES);
+    Output out = output_make(NULL, n * X_BYTES), rstd = output_make(NULL, (size_t)BT * 4);
+    Output sum = output_make(NULL, n * X_BYTES), in_place = output_make(x, n * X_BYTES);
+    Output out_sum = output_make(NULL, n * X_BYTES), rstd_sum = output_make(NULL, (size_t)BT * 4);
+    Output out_place = output_make(NULL, n * X_BYTES);
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.rmsnorm_forward(output_x(&out, run), output_f(&rstd, run), dx, dx + n, BT, C, 1e-5f);
+        CUDA_OPS.add_rmsnorm_forward(output_x(&sum, run), output_x(&out_sum, run), output_f(&rstd_sum, run), dx, db,
+                                     dx + n, BT, C, 1e-5f);
+        CUDA_OPS.add_rmsnorm_forward(output_x(&in_place, run), output_x(&out_place, run), output_f(&rstd_sum, run),
+                                     output_x(&in_place, run), db, dx + n, BT, C, 1e-5f);
+    }
+    CPU_OPS.rmsnorm_forward(want, want_rstd, x, x + n, BT, C, 1e-5f);
+    output_near_x(&out, want, NULL, roundings, what);
+    output_near_f(&rstd, want_rstd, NULL, roundings, label("%s: rstd", what));
+    CPU_OPS.add_rmsnorm_forward(want_sum, want, want_rstd, x, b, x + n, BT, C, 1e-5f);
+    output_same(&sum, want_sum, label("%s: sum", what));
+    output_same(&in_place, want_sum, label("%s: sum in place", what));
+    output_near_x(&out_sum, want, NULL, roundings, label("%s of a sum", what));
+    output_near_x(&out_place, want, NULL, roundings, label("%s of a sum in place", what));
+    output_near_f(&rstd_sum, want_rstd, NULL, roundings, label("%s: rstd of a sum", what));
+    release_uploads();
+    test_free(x, b, want, want_sum, want_rstd);
+}
+
+// how: no residual gradient, one, in place on it
+static void cuda_test_rmsnorm_backward(int BT, int C, int how) {
+    const char* what = label("rmsnorm backward %d x %d, residual %d", BT, C, how);
+    size_t n = (size_t)BT * C;
+    double roundings = sqrt((double)C) + 8.0;
+    floatX *x = test_tensor(n + C, 1, 1.0), *dout = test_tensor(n, 2, 1.0), *residual = test_tensor(n, 4, 1.0);
+    floatX* want = test_tensor(n, 3, 1.0);
+    float *rstd = test_zero_floats((size_t)BT), *grad = test_zero_floats((size_t)C);
+    grad[0] = 0.25f;  // += is part of the contract
+    CPU_OPS.rmsnorm_forward(want, rstd, x, x + n, BT, C, 1e-5f);
+    Output dx = output_make(how == 2 ? residual : NULL, n * X_BYTES), dw = output_make(grad, (size_t)C * 4);
+    const floatX *inp = (const floatX*)upload(x, (n + C) * X_BYTES), *dy = (const floatX*)upload(dout, n * X_BYTES);
+    const floatX* other = (const floatX*)upload(residual, n * X_BYTES);
+    const float* drstd = (const float*)upload(rstd, (size_t)BT * 4);
+    for (int run = 0; run < 2; run++) {
+        const floatX* added[] = {NULL, other, output_x(&dx, run)};
+        CUDA_OPS.rmsnorm_backward(output_x(&dx, run), output_f(&dw, run), dy, added[how], inp, inp + n, drstd, BT, C);
+    }
+    CPU_OPS.rmsnorm_backward(want, grad, dout, how ? residual : NULL, x, x + n, rstd, BT, C);
+    double *inp64 = test_double(x, n + C), *dout64 = test_double(dout, n), *ignored = test_zeros(n + C);
+    double* error = test_zeros(n + C);
+    rmsnorm_backward_f64(ignored, error, inp64, dout64, (NormShape){BT, C, (double)1e-5f});
+    for (size_t i = 0; i < n; i++) {
+        error[i] += how ? fabs((double)floatX_to_f32(residual[i])) : 0.0;
+        error[i] *= 2.0 * roundings * F32_ROUNDING;
+    }
+    for (int c = 0; c < C; c++) {
+        error[n + c] *= (sqrt((double)BT) + roundings) * F32_ROUNDING;
+    }
+    output_near_x(&dx, want, error, 1.0, what);
+    output_near_f(&dw, grad, error + n, 1.0 + sqrt((double)BT), label("%s: weight", what));
+    release_uploads();
+    test_free(x, dout, residual, want, rstd, grad, inp64, dout64, ignored, error);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// RoPE, SwiGLU, cross-entropy
+
+static void cuda_test_rope(AttentionShape s, int first, int inverse) {
+    const char* what = label("rope T %d HS %d from %d, inverse %d", s.T, s.HS, first, inverse);
+    int width = (s.NH + 2 * s.NKV) * s.HS, half = s.HS / 2;
+    size_t n = (size_t)s.B * s.T * width, positions = (size_t)first + s.T;
+    ModelConfig m = {};
+    m.HS = s.HS, m.max_positions = (int)positions, m.rope_theta = 10000.0;
+    float* table = (float*)malloc_or_die(positions * s.HS * sizeof(float), "test");
+    rope_table_fill(table, &m);
+    floatX *x = test_tensor(n, 5, 1.0), *want = test_tensor(n, 5, 1.0);
+    double* error = test_zeros(n);
+    Output qkv = output_make(x, n * X_BYTES);
+    const float* dtable = (const float*)upload(table, positions * s.HS * sizeof(float));
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.rope(output_x(&qkv, run), dtable, s, first, inverse);
+    }
+    CPU_OPS.rope(want, table, s, first, inverse);
+    for (size_t i = 0; i < n; i++) {
+        size_t partner = (int)(i % s.HS) < half ? i + half : i - half;
+        int turned = (int)(i % width) < (s.NH + s.NKV) * s.HS;
+        error[i] = turned ? 4.0 * F32_ROUNDING * hypot(floatX_to_f32(x[i]), floatX_to_f32(x[partner])) : 0.0;
+    }
+    output_near_x(&qkv, want, error, 0.0, what);
+    floatX* got = (floatX*)output_take(&qkv, what);
+    int same = 1;
+    for (size_t i = 0; i < n; i++) {
+        same &= (int)(i % width) < (s.NH + s.NKV) * s.HS || !memcmp(got + i, x + i, X_BYTES);
+    }
+    expect(same, "%s: changes the values", what);
+    release_uploads();
+    test_free(table, x, want, error, got);
+}
+
+static void cuda_test_swiglu(int BT, int F, double scale) {
+    const char* what = label("swiglu %d x %d, scale %g", BT, F, scale);
+    size_t n = (size_t)BT * F;
+    floatX *x = test_tensor(2 * n, 1, scale), *dout = test_tensor(n, 2, 1.0);
+    floatX *want = test_tensor(n, 3, 1.0), *want_dx = test_tensor(2 * n, 4, 1.0);
+    double *error = test_zeros(n), *error_dx = test_zeros(2 * n);
+    Output out = output_make(NULL, n * X_BYTES), dx = output_make(NULL, 2 * n * X_BYTES);
+    const floatX *inp = (const floatX*)upload(x, 2 * n * X_BYTES), *dy = (const floatX*)upload(dout, n * X_BYTES);
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.swiglu_forward(output_x(&out, run), inp, BT, F);
+        CUDA_OPS.swiglu_backward(output_x(&dx, run), dy, inp, BT, F);
+    }
+    CPU_OPS.swiglu_forward(want, x, BT, F);
+    CPU_OPS.swiglu_backward(want_dx, dout, x, BT, F);
+    for (size_t i = 0; i < n; i++) {
+        size_t at = i / F * 2 * F + i % F;
+        double g = floatX_to_f32(x[at]), u = floatX_to_f32(x[at + F]), d = floatX_to_f32(dout[i]);
+        double sigmoid = 1.0 / (1.0 + exp(-g));
+        // CUDA's __expf(g) is off by 2 + 1.17 |g| units (CUDA C++ Programming Guide), a unit is two roundings
+        double roundings = (12.0 + 2.4 * fabs(g)) * F32_ROUNDING;
+        error[i] = roundings * fabs(g * u) * sigmoid;
+        error_dx[at] = roundings * fabs(d * u) * sigmoid * (1.0 + fabs(g));
+        error_dx[at + F] = roundings * fabs(d * g) * sigmoid;
+    }
+    output_near_x(&out, want, error, 8.0, what);
+    output_near_x(&dx, want_dx, error_dx, 8.0, label("%s: backward", what));
+    release_uploads();
+    test_free(x, dout, want, want_dx, error, error_dx);
+}
+
+// errors of losses (rows) and logits' gradients (rows, V); terms as in ops.h, __expf as above
+static void crossentropy_errors(double* loss_error, double* grad_error, const floatX* x, const int32_t* targets,
+                                int rows, int V, double grad_scale) {
+    for (int r = 0; r < rows; r++) {
+        double largest = -INFINITY, sum = 0.0, spread = 0.0;
+        for (int v = 0; v < V; v++) {
+            largest = fmax(largest, (double)floatX_to_f32(x[(size_t)r * V + v]));
+        }
+        for (int v = 0; v < V; v++) {
+            sum += exp((double)floatX_to_f32(x[(size_t)r * V + v]) - largest);
+        }
+        for (int v = 0; v < V; v++) {
+            double d = largest - (double)floatX_to_f32(x[(size_t)r * V + v]), p = exp(-d) / sum;
+            double roundings = 3.4 * d + log(sum) + sqrt((double)V) + 12.0;
+            spread += 3.4 * p * d;
+            grad_error[(size_t)r * V + v] = roundings * F32_ROUNDING * (p + (v == targets[r])) * grad_scale;
+        }
+        double target = (double)floatX_to_f32(x[(size_t)r * V + targets[r]]);
+        double size = fmax(1.0, fmax(fabs(largest), fabs(target)));
+        loss_error[r] = (sqrt((double)V) + spread + 8.0 + 2.0 * size) * F32_ROUNDING;
+    }
+}
+
+static void cuda_test_crossentropy(int rows, int V, double scale) {
+    const char* what = label("crossentropy %d x %d, scale %g", rows, V, scale);
+    size_t n = (size_t)rows * V;
+    const float grad_scale = 0.37f;
+    int32_t* targets = (int32_t*)malloc_or_die((size_t)rows * sizeof(int32_t), "test");
+    for (int r = 0; r < rows; r++) {
+        targets[r] = r == 0 ? 0 : r == 1 ? V - 1 : r * 7919 % V;
+    }
+    floatX *x = test_tensor(n, 1, scale), *want = test_tensor(n, 1, scale);
+    float* want_losses = test_zero_floats((size_t)rows);
+    double *loss_error = test_zeros((size_t)rows), *grad_error = test_zeros(n);
+    crossentropy_errors(loss_error, grad_error, x, targets, rows, V, (double)grad_scale);
+    Output losses = output_make(NULL, (size_t)rows * 4), again = output_make(NULL, (size_t)rows * 4);
+    Output logits = output_make(x, n * X_BYTES), kept = output_make(x, n * X_BYTES);
+    const int32_t* dtargets = (const int32_t*)upload(targets, (size_t)rows * sizeof(int32_t));
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.crossentropy(output_f(&losses, run), output_x(&kept, run), dtargets, rows, V, grad_scale, 0);
+        CUDA_OPS.crossentropy(output_f(&again, run), output_x(&logits, run), dtargets, rows, V, grad_scale, 1);
+    }
+    output_same(&kept, x, label("%s: logits without gradient", what));
+    CPU_OPS.crossentropy(want_losses, want, targets, rows, V, grad_scale, 1);
+    output_near_f(&losses, want_losses, loss_error, 0.0, what);
+    output_near_f(&again, want_losses, loss_error, 0.0, label("%s: with gradient", what));
+    output_near_x(&logits, want, grad_error, 0.0, label("%s: gradient", what));
+    release_uploads();
+    test_free(targets, x, want, want_losses, loss_error, grad_error);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// sums, decision, update
+
+static void cuda_test_sums(size_t n) {
+    float* x = test_zero_floats(n);
+    uint64_t state = n;
+    double begin = 0.75, want = 0.75, absolute = 0.75, squares, got[2];
+    for (size_t i = 0; i < n; i++) {
+        x[i] = i + 1 == n ? 262144.0f : (float)(test_normal(&state) * ldexp(1.0, (int)(i % 40) - 20));
+        absolute += fabs((double)x[i]);
+    }
+    CPU_OPS.loss_sum(&want, x, (int)n);
+    CPU_OPS.sum_squares(&squares, x, n);
+    const float* dx = (const float*)upload(x, n * sizeof(float));
+    Output sum = output_make(&begin, sizeof begin), square_sum = output_make(NULL, sizeof begin);
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.loss_sum((double*)sum.at[run], dx, (int)n);
+        CUDA_OPS.sum_squares((double*)square_sum.at[run], dx, n);
+    }
+    double* sum_got = (double*)output_take(&sum, "loss_sum");
+    double* square_got = (double*)output_take(&square_sum, "sum_squares");
+    // sums are in f64, a square may be rounded to f32; they are positive, so sqrt(K) would be too little
+    double allowed = 4.0 * (sqrt((double)n) + 1.0) * ldexp(1.0, -53) * absolute;
+    double square_allowed = 2.0 * F32_ROUNDING * squares;
+    got[0] = sum_got[0], got[1] = square_got[0];
+    expect(fabs(got[0] - want) <= allowed, "sum of %zu is %.17g, the CPU's %.17g", n, got[0], want);
+    expect(fabs(got[1] - squares) <= square_allowed, "%zu squares are %.17g, the CPU's %.17g", n, got[1], squares);
+    expect(fabs(got[0] + 1.0 - want) > allowed && fabs(got[1] * 1.000001 - squares) > square_allowed,
+           "a planted error of a sum of %zu is not seen", n);
+    release_uploads();
+    test_free(x, sum_got, square_got);
+}
+
+static void cuda_test_decide(double loss, double squares, float clip) {
+    StepControl control = test_control(0.5f, 0.9, 0.95, 3);
+    control.loss_sum = loss;
+    control.grad_squares = squares;
+    Output out = output_make(&control, sizeof control);
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.step_decide((StepControl*)out.at[run], clip);
+    }
+    CPU_OPS.step_decide(&control, clip);
+    StepControl* got = (StepControl*)output_take(&out, "step_decide");
+    int same = got->skip == control.skip && got->lr == control.lr && got->correction2 == control.correction2;
+    int scale = !memcmp(&got->grad_scale, &control.grad_scale, sizeof(float));
+    expect(same && (scale || control.skip), "decision on loss %g, squares %g, clip %g: skip %d, scale %.9g", loss,
+           squares, (double)clip, got->skip, (double)got->grad_scale);
+    release_uploads();
+    free(got);
+}
+
+// errors of master, m, v (n each), as test_ops_adamw counts them
+static void adamw_errors(double* error[3], float* const memory[4], const AdamwArgs* a, const StepControl* control) {
+    for (size_t i = 0; i < a->count; i++) {
+        double g = (double)memory[3][i] * (double)control->grad_scale, b1 = a->beta1, b2 = a->beta2;
+        double w = fabs((double)memory[0][i]), lr = control->lr;
+        double m_size = b1 * fabs((double)memory[1][i]) + (1.0 - b1) * fabs(g);
+        double v = b2 * (double)memory[2][i] + (1.0 - b2) * g * g;
+        double step_size = m_size / (double)control->correction1 /
+                           (sqrt(v / (double)control->correction2) + (double)a->eps);
+        error[0][i] = F32_ROUNDING * (2.0 * w + 10.0 * lr * step_size + 4.0 * lr * (double)a->weight_decay * w);
+        error[1][i] = F32_ROUNDING * 4.0 * m_size;
+        error[2][i] = F32_ROUNDING * 5.0 * v;
+    }
+}
+
+static void cuda_test_adamw(size_t n, int64_t t, float decay, int skip) {
+    floatX *param = test_tensor(n, 9, 1.0), *rounded = test_tensor(n, 9, 1.0);
+    float* memory[4];  // master, m, v, grad
+    double* error[3] = {test_zeros(n), test_zeros(n), test_zeros(n)};
+    Output out[3];
+    for (int k = 0; k < 4; k++) {
+        uint64_t state = (uint64_t)k + 1;
+        memory[k] = test_zero_floats(n);
+        for (size_t i = 0; i < n; i++) {
+            double x = test_normal(&state) * (k == 0 ? 1.0 : 1e-2);
+            memory[k][i] = t == 1 && (k == 1 || k == 2) ? 0.0f : (float)(k == 2 ? x * x : x);
+        }
+    }
+    for (int k = 0; k < 3; k++) {
+        out[k] = output_make(memory[k], n * 4);
+    }
+    StepControl control = test_control(3e-2f, 0.9, 0.95, t);
+    control.grad_scale = 0.7f;
+    control.skip = skip;
+    Output out_param = output_make(param, n * X_BYTES);
+    AdamwArgs args = {.param = param, .master = memory[0], .m = memory[1], .v = memory[2], .grad = memory[3],
+                      .count = n, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = decay,
+                      .control = &control};
+    AdamwArgs device = args;
+    device.grad = (const float*)upload(memory[3], n * 4);
+    device.control = (const StepControl*)upload(&control, sizeof control);
+    for (int run = 0; run < 2; run++) {
+        device.param = output_x(&out_param, run), device.master = output_f(&out[0], run);
+        device.m = output_f(&out[1], run), device.v = output_f(&out[2], run);
+        CUDA_OPS.adamw(&device);
+    }
+    adamw_errors(error, memory, &args, &control);
+    CPU_OPS.adamw(&args);
+    const char *what = label("adamw of %zu, t %lld, skip %d", n, (long long)t, skip), *names[] = {"master", "m", "v"};
+    float* master = (float*)output_take(&out[0], what);
+    for (int k = 0; k < 3; k++) {
+        if (skip) {
+            output_same(&out[k], memory[k], what);
+        } else {
+            output_near_f(&out[k], memory[k], error[k], 0.0, label("%s: %s", what, names[k]));
+        }
+    }
+    for (size_t i = 0; !skip && i < n; i++) {
+        rounded[i] = f32_to_floatX(master[i]);
+    }
+    output_same(&out_param, rounded, label("%s: parameter", what));
+    release_uploads();
+    test_free(param, rounded, memory[0], memory[1], memory[2], memory[3], error[0], error[1], error[2], master);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+static void test_cuda_layers(void) {
+    const int embeddings[][3] = {{1, 2, 1}, {7, 3, 5}, {96, 288, 130}, {300, 257, 2048}, {64, 32000, 64}};
+    for (int i = 0; i < 5; i++) {
+        cuda_test_embedding(embeddings[i][0], embeddings[i][1], embeddings[i][2]);
+    }
+    const size_t counts[] = {1, 8, 1023, 65536 + 8};
+    for (int i = 0; i < 4; i++) {
+        cuda_test_add(counts[i]);
+    }
+    const int norms[][2] = {{1, 1},     {3, 5},     {33, 63},  {5, 64},  {1025, 128},
+                            {257, 640}, {5, 2048},  {2, 4096}, {3, 8192}};
+    for (int i = 0; i < 9; i++) {
+        cuda_test_rmsnorm_forward(norms[i][0], norms[i][1]);
+        for (int how = 0; how < 3 && norms[i][1] > 1; how++) {  // of one channel the gradient is all cancellation
+            cuda_test_rmsnorm_backward(norms[i][0], norms[i][1], how);
+        }
+    }
+    for (int inverse = 0; inverse < 2; inverse++) {
+        cuda_test_rope((AttentionShape){1, 1, 1, 1, 2}, 0, inverse);
+        cuda_test_rope((AttentionShape){2, 5, 3, 1, 6}, 0, inverse);
+        cuda_test_rope((AttentionShape){2, 33, 4, 2, 16}, 7, inverse);
+        cuda_test_rope((AttentionShape){2, 65, 8, 1, 64}, 0, inverse);
+        cuda_test_rope((AttentionShape){1, 512, 2, 1, 128}, 3, inverse);
+    }
+    const int glus[][2] = {{1, 1}, {5, 33}, {7, 64}, {3, 5632}};
+    for (int i = 0; i < 8; i++) {
+        cuda_test_swiglu(glus[i / 2][0], glus[i / 2][1], i % 2 ? 20.0 : 2.0);
+    }
+    const int vocabularies[] = {1, 2, 5, 257, 512, 513, 4104, 32000};
+    for (int i = 0; i < 16; i++) {
+        cuda_test_crossentropy(i % 5 + 1, vocabularies[i / 2], i % 2 ? 30.0 : 3.0);
+    }
+    cuda_test_crossentropy(3, 32000, 3.0);
+}
+
+static void test_cuda_update(void) {
+    const size_t counts[] = {1, 3, 4, 1023, 1 << 20, (1 << 20) + 5, 3000001};
+    for (int i = 0; i < 7; i++) {
+        cuda_test_sums(counts[i]);
+    }
+    const double losses[] = {1.0, NAN, INFINITY}, squares[] = {4.0, 0.25, 3.0, NAN, INFINITY};
+    for (int i = 0; i < 45; i++) {
+        cuda_test_decide(losses[i % 3], squares[i / 3 % 5], i / 15 ? 1.5f - (float)(i / 15) * 0.5f : 0.0f);
+    }
+    const int64_t updates[] = {1, 2, 10, 1000, 1000000};
+    for (int i = 0; i < 10; i++) {
+        cuda_test_adamw(i == 0 ? 1 : i == 1 ? 65536 : 1000 + (size_t)i, updates[i % 5], i % 2 ? 0.1f : 0.0f, i / 7);
+    }
+}
+
+#endif
