@@ -66,7 +66,8 @@ static void cuda_synchronize(void) { cuda_check(cudaStreamSynchronize(gpu.stream
 static size_t cuda_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
     (void)largest;
     (void)threads;
-    return GEMM_WORKSPACE + CUDA_PARTIALS * sizeof(float) + cuda_attention_scratch_bytes(shape);
+    size_t sort = (size_t)shape.B * shape.T * 3 * sizeof(int32_t) + ((size_t)shape.B * shape.T * 8 + ((size_t)1 << 20));
+    return GEMM_WORKSPACE + CUDA_PARTIALS * sizeof(float) + cuda_attention_scratch_bytes(shape) + sort;
 }
 // measured on an H200 with driver 580: the context, cuBLASLt's kernels and this program's
 static size_t cuda_program_bytes(int threads) {
@@ -85,10 +86,18 @@ static void cuda_unrotate_f32(float*, const uint32_t*, int, int) {
     die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet");
 }
 
-// scratch of attention for a model's shape; before the first step
+// scratch of attention for a model's shape, before the first step; it only grows
 static void cuda_reserve(AttentionShape shape) {
+    static void* scratch;
+    static size_t reserved;
+    size_t bytes = cuda_attention_scratch_bytes(shape);
     embedding_sort_reserve(shape.B * shape.T);
-    cuda_attention_init(cuda_alloc(cuda_attention_scratch_bytes(shape), "attention scratch"));
+    if (bytes > reserved) {
+        cuda_release(scratch);
+        scratch = cuda_alloc(bytes, "attention scratch");
+        reserved = bytes;
+        cuda_attention_init(scratch);
+    }
 }
 
 __global__ void bench_fill_kernel(floatX* out, size_t n) {

@@ -50,7 +50,7 @@ __global__ void embedding_backward_kernel(float* dweight, const floatX* dout, co
         end++;
     }
     for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < C; c += gridDim.y * blockDim.x) {
-        float sum = 0.0f;
+        float sum = dweight[(size_t)token * C + c];
         int i = begin;
         for (; i + 4 <= end; i += 4) {  // four loads in flight, added in order
             float a = floatX_to_f32(dout[(size_t)positions[i] * C + c]),
@@ -65,7 +65,7 @@ __global__ void embedding_backward_kernel(float* dweight, const floatX* dout, co
         for (; i < end; i++) {
             sum += floatX_to_f32(dout[(size_t)positions[i] * C + c]);
         }
-        dweight[(size_t)token * C + c] += sum;
+        dweight[(size_t)token * C + c] = sum;
     }
 }
 

@@ -24,14 +24,15 @@ __device__ __forceinline__ double block_sum_f64(double x) {
 
 __global__ void sum_squares_kernel(double* partial, const float* x, size_t n) {
     double sum = 0.0;
+    int aligned = (uintptr_t)x % 16 == 0;
     size_t stride = (size_t)gridDim.x * blockDim.x * 4;
     for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += stride) {
-        if (i + 4 <= n) {
+        if (aligned && i + 4 <= n) {
             float4 v = *(const float4*)(x + i);
-            sum += (double)(v.x * v.x) + (double)(v.y * v.y) + (double)(v.z * v.z) + (double)(v.w * v.w);
+            sum += (double)v.x * v.x + (double)v.y * v.y + (double)v.z * v.z + (double)v.w * v.w;
         } else {
-            for (size_t j = i; j < n; j++) {
-                sum += (double)(x[j] * x[j]);
+            for (size_t j = i; j < n && j < i + 4; j++) {
+                sum += (double)x[j] * x[j];
             }
         }
     }
@@ -84,7 +85,7 @@ static void cuda_step_decide(StepControl* control, float grad_clip) {
     cuda_check_launch();
 }
 
-// four elements a thread; count is a multiple of 4 except in the last block of work, which goes one by one
+// four elements a thread; one by one at the end, and where a group of parameters does not begin on 16 bytes
 __global__ void adamw_kernel(floatX* param, float* master, float* first, float* second, const float* grad, size_t n,
                              float beta1, float beta2, float eps, float weight_decay, const StepControl* control) {
     if (control->skip) {
@@ -94,8 +95,10 @@ __global__ void adamw_kernel(floatX* param, float* master, float* first, float* 
           correction2 = control->correction2;
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     int count = i + 4 <= n ? 4 : i < n ? (int)(n - i) : 0;
-    float w[4], m[4], v[4], g[4];
-    if (count == 4) {
+    int whole = count == 4 && ((uintptr_t)master | (uintptr_t)first | (uintptr_t)second | (uintptr_t)grad) % 16 == 0 &&
+                (uintptr_t)param % (4 * sizeof(floatX)) == 0;
+    float w[4] = {0}, m[4] = {0}, v[4] = {0}, g[4] = {0};
+    if (whole) {
         *(float4*)w = *(const float4*)(master + i);
         *(float4*)m = *(const float4*)(first + i);
         *(float4*)v = *(const float4*)(second + i);
@@ -113,7 +116,7 @@ __global__ void adamw_kernel(floatX* param, float* master, float* first, float* 
         float step = (m[j] / correction1) / (sqrtf(v[j] / correction2) + eps);
         w[j] = (w[j] - lr * weight_decay * w[j]) - lr * step;
     }
-    if (count == 4) {
+    if (whole) {
         *(float4*)(master + i) = *(float4*)w;
         *(float4*)(first + i) = *(float4*)m;
         *(float4*)(second + i) = *(float4*)v;

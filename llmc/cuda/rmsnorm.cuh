@@ -123,7 +123,8 @@ __global__ void rmsnorm_dweight_kernel(float* partial, const floatX* dout, const
 // One pass for the usual shapes: thread t of a block holds columns t*VEC .. +VEC-1 for all rows of the block, so the
 // sum for the weight's gradient stays in its registers and every tensor is read once. Two rows at a time, to have more
 // loads in flight.
-__global__ void rmsnorm_backward_fused_kernel(floatX* dinp, float* partial, const floatX* dout, const floatX* dresidual,
+__global__ void __launch_bounds__(1024)
+rmsnorm_backward_fused_kernel(floatX* dinp, float* partial, const floatX* dout, const floatX* dresidual,
                                               const floatX* inp, const floatX* weight, const float* rstd, int BT,
                                               int C) {
     int c = threadIdx.x * VEC, active = c < C;
