@@ -66,7 +66,7 @@ typedef struct {
     int has_val;
     RunState state;
     Log log;
-    int32_t *inputs, *targets;  // one micro-batch on the host
+    int32_t *inputs, *targets;  // a step's micro-batches on the host, one behind the other
 } Trainer;
 
 // mean loss over the same evenly spaced validation samples each time, in nats per token
@@ -74,8 +74,13 @@ static double validate(Trainer* t) {
     int64_t B = t->run.B, rows = min_i64(t->run.config.val_batches * B, max_i64(B, t->val.samples / B * B));
     model_begin_step(&t->model, 0.0, 0.0, 0.0, 0);
     for (int64_t row = 0; row < rows; row += B) {
-        data_read_even(&t->val, t->inputs, t->targets, row, (int)B, rows);
-        model_forward(&t->model, t->inputs, t->targets, 0.0f, 0);
+        int64_t slot = row / B % t->run.accumulation;
+        if (slot == 0) {
+            t->model.ops->synchronize();  // the device may still be reading the batch that stands there
+        }
+        int32_t *inputs = t->inputs + slot * B * t->run.T, *targets = t->targets + slot * B * t->run.T;
+        data_read_even(&t->val, inputs, targets, row, (int)B, rows);
+        model_forward(&t->model, inputs, targets, 0.0f, 0);
     }
     return model_read_control(&t->model).loss_sum / ((double)rows * t->run.T);
 }
@@ -182,8 +187,9 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     model_zero_gradients(model);
     for (int64_t a = 0; a < t->run.accumulation; a++) {
         model->linear.micro = a * t->run.comm.size + t->run.comm.rank;
-        loader_next(loader, t->inputs, t->targets);
-        model_forward(model, t->inputs, t->targets, 1.0f / (float)config->batch_tokens, 1);
+        int32_t *inputs = t->inputs + a * t->run.B * t->run.T, *targets = t->targets + a * t->run.B * t->run.T;
+        loader_next(loader, inputs, targets);
+        model_forward(model, inputs, targets, 1.0f / (float)config->batch_tokens, 1);
         model_backward(model);
     }
     model_finish_gradients(model);
@@ -441,9 +447,9 @@ static int run_training(Trainer* t) {
     }
     run_find_tokenizer(run, &t->train, checkpoint);
     json_free(saved);
-    size_t tokens = (size_t)run->B * run->T;
-    t->inputs = (int32_t*)malloc_or_die(tokens * sizeof(int32_t), "batch");
-    t->targets = (int32_t*)malloc_or_die(tokens * sizeof(int32_t), "batch");
+    size_t tokens = (size_t)run->B * run->T * (size_t)run->accumulation;
+    t->inputs = (int32_t*)ops->alloc_host(tokens * sizeof(int32_t), "batch");
+    t->targets = (int32_t*)ops->alloc_host(tokens * sizeof(int32_t), "batch");
     print_header(t, ops);
     t->log = log_open(run->out, checkpoint ? t->state.step : -1);
     log_run(&t->log, &run->config, &t->model, &t->state);

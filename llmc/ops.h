@@ -61,6 +61,9 @@ typedef struct Ops {
     // memory on the device; alloc ends the process with exit 71 where there is none. zero and copies are in bytes.
     void* (*alloc)(size_t bytes, const char* what);
     void (*release)(void* memory);
+    // host memory that the device copies from without waiting: it must not change before the next synchronize
+    void* (*alloc_host)(size_t bytes, const char* what);
+    void (*release_host)(void* memory);
     void (*zero)(void* memory, size_t bytes);
     void (*copy_to_device)(void* device, const void* host, size_t bytes);
     void (*copy_to_host)(void* host, const void* device, size_t bytes);

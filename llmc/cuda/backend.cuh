@@ -52,6 +52,16 @@ static void* cuda_alloc(size_t bytes, const char* what) {
     return memory;
 }
 
+static void* cuda_alloc_host(size_t bytes, const char* what) {
+    void* memory = NULL;
+    cudaError_t error = cudaMallocHost(&memory, bytes ? bytes : 1);
+    check_or(error != cudaErrorMemoryAllocation, EXIT_NO_MEMORY, "out of page-locked memory: %.1f MiB for %s",
+             (double)bytes / 1048576.0, what);
+    cuda_check(error);
+    return memory;
+}
+static void cuda_release_host(void* memory) { cuda_check(cudaFreeHost(memory)); }
+
 static void cuda_release(void* memory) { cuda_check(cudaFree(memory)); }
 static void cuda_zero(void* memory, size_t bytes) { cuda_check(cudaMemsetAsync(memory, 0, bytes, gpu.stream)); }
 static void cuda_copy_to_device(void* device, const void* host, size_t bytes) {
@@ -145,6 +155,8 @@ static const Ops CUDA_OPS = {
     .name = "cuda",
     .alloc = cuda_alloc,
     .release = cuda_release,
+    .alloc_host = cuda_alloc_host,
+    .release_host = cuda_release_host,
     .zero = cuda_zero,
     .copy_to_device = cuda_copy_to_device,
     .copy_to_host = cuda_copy_to_host,
