@@ -433,9 +433,9 @@ static void model_classifier(Model* model, float grad_scale, int with_grad) {
     }
 }
 
-// One micro-batch; its losses are added to control->loss_sum. inputs, targets: (B*T) host arrays, free for reuse on
-// return. grad_scale multiplies every gradient: 1 / tokens of the whole step makes the step's gradient the gradient of
-// its mean loss.
+// One micro-batch; its losses are added to control->loss_sum. inputs, targets: (B*T) host arrays that do not change
+// before the next synchronize. grad_scale multiplies every gradient: 1 / tokens of the whole step makes the step's
+// gradient the gradient of its mean loss.
 static void model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale,
                           int with_grad) {
     const Ops* ops = model->ops;
