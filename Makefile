@@ -45,9 +45,12 @@ ifeq ($(SAN),1)
   FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
            -ffp-contract=off -march=$(ARCH) $(OPENMP) -pthread $(WARN)
 endif
-# The GPU that is here, or one image per architecture generation where there is none
-CUDA_ARCHS ?= 80 89 90a 100a 103a 120a 121a
-GENCODE := $(if $(GPU),-arch=native,$(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)))
+# The GPU that is here, or one image per architecture generation where there is none. From 9.0 on with the "a": nvcc's own
+# -arch=native means sm_90, which has no wgmma.
+GPU_ARCH := $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1))
+GPU_ARCH := $(GPU_ARCH)$(if $(filter 90 100 103 120 121,$(GPU_ARCH)),a)
+CUDA_ARCHS ?= $(if $(GPU_ARCH),$(GPU_ARCH),80 89 90a 100a 103a 120a 121a)
+GENCODE := $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 ifeq ($(CUDA),1)
   COMPILE = $(NVCC) -std=c++20 -O3 $(GENCODE) --threads 0 -x cu -DUSE_CUDA $(DEFS) \
@@ -69,7 +72,7 @@ all: found train_llama test_llama
 found:
 	@echo "compiler  $(shell $(CXX) --version 2>/dev/null | head -1)"
 	@echo "nvcc      $(if $(NVCC),$(NVCC)$(if $(filter 0,$(CUDA)), (not used: CUDA=0)),missing: CPU only. The CUDA Toolkit has it)"
-	@echo "GPU       $(if $(GPU),$(GPU),none visible$(if $(filter 1,$(CUDA)),: compiling for sm_$(subst $() $(), sm_,$(CUDA_ARCHS))))"
+	@echo "GPU       $(if $(GPU),$(GPU),none visible)$(if $(filter 1,$(CUDA)),: compiling for sm_$(subst $() $(), sm_,$(CUDA_ARCHS)))"
 	@echo "BLAS      $(if $(BLAS_LIBS),$(BLAS_LIBS),missing: slow loops instead. apt-get install libopenblas-dev)"
 	@echo "OpenMP    $(if $(OPENMP),$(OPENMP),missing: one thread)"
 	@echo "MPI       $(if $(MPICC),$(MPICC),missing) (one process a run in this version: not linked)"

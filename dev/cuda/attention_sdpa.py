@@ -2,9 +2,9 @@
 
     python3 dev/cuda/attention_sdpa.py ./attention_bench
 
-Causal, bf16, q, k, v as views of one (B, T, (NH + 2 NKV) * HS) tensor as a fused projection gives them; grouped heads through
-enable_gqa, or, where a backend refuses that, through keys and values expanded beforehand (not timed). Median of 20 over 3 buffers,
-CUDA events, the GPU kept busy while the host queues the work, so that Python's time does not count.
+Causal, bf16; q, k, v are views of one (B, T, (NH + 2 NKV) * HS) tensor, as a fused projection gives them. Grouped heads go
+through enable_gqa and also through keys and values expanded beforehand (not timed); the faster counts. Median of 20 over 3
+buffers, CUDA events, the GPU kept busy while the host queues the work, so that Python's time does not count.
 """
 import re
 import subprocess
@@ -51,7 +51,8 @@ def time_sdpa(backend, b, t, nh, nkv, hs, expand):
         with torch.no_grad():
             forward_ms = median_ms(forward)
         outs = [forward(i) for i in range(BUFFERS)]
-        backward_ms = median_ms(lambda i: torch.autograd.grad(outs[i], buffers[i][:3], buffers[i][3], retain_graph=True))
+        backward_ms = median_ms(
+            lambda i: torch.autograd.grad(outs[i], buffers[i][:3], buffers[i][3], retain_graph=True))
     return forward_ms, backward_ms
 
 
@@ -72,11 +73,13 @@ def main():
                 try:
                     forward_ms, backward_ms = time_sdpa(backend, b, t, nh, nkv, hs, expand)
                 except RuntimeError as error:
-                    print(f"sdpa {label} {name} {'expanded' if expand else 'enable_gqa'}: refused: {str(error).splitlines()[0][:100]}")
+                    reason = str(error).splitlines()[0][:100]
+                    print(f"sdpa {label} {name} {'expanded' if expand else 'enable_gqa'}: refused: {reason}")
                     continue
                 note = "" if nh == nkv else " expanded" if expand else " enable_gqa"
-                print(f"sdpa {label:5} {name:28} forward {forward_ms:8.4f} ms {flop / forward_ms * 1e-9:6.1f} TFLOP/s   "
-                      f"backward {backward_ms:8.4f} ms {2.5 * flop / backward_ms * 1e-9:6.1f} TFLOP/s{note}")
+                print(f"sdpa {label:5} {name:28} forward {forward_ms:8.4f} ms"
+                      f" {flop / forward_ms * 1e-9:6.1f} TFLOP/s   backward {backward_ms:8.4f} ms"
+                      f" {2.5 * flop / backward_ms * 1e-9:6.1f} TFLOP/s{note}")
                 best["forward"] = min(best["forward"], forward_ms)
                 best["backward"] = min(best["backward"], backward_ms)
                 if nh == nkv:

@@ -1,8 +1,9 @@
-// cuda/attention_plain.cuh: causal attention without tensor cores, for any even head size up to 256 and for f32; and decoding.
+// cuda/attention_plain.cuh: causal attention without tensor cores, for any even head size up to 256 and for f32; and
+// decoding.
 //
-// One warp owns one row (a query, or in the gradient of K and V a key) and holds its HS elements spread over the lanes: lane j has
-// j, j + 32, ... Keys or queries follow one by one; sums over HS are warp sums. Everything is f32, every sum has one order. The oracle of
-// the tensor-core kernels on shapes that the CPU is too slow for.
+// One warp owns one row (a query, or in the gradient of K and V a key) and holds its HS elements spread over the lanes:
+// lane j has j, j + 32, ... Keys or queries follow one by one; sums over HS are warp sums. Everything is f32, every sum
+// has one order. The oracle of the tensor-core kernels on shapes that the CPU is too slow for.
 #pragma once
 #include "common.cuh"
 
@@ -66,7 +67,8 @@ __device__ __forceinline__ void softmax_add(RunningSoftmax* r, float score, cons
     }
 }
 
-// The row of a warp: time t, longest rows first for queries (last = T - 1) or for keys (last = 0); head of a sequence b. 0 where there is none
+// The row of a warp: time t, longest rows first for queries (last = T - 1) or for keys (last = 0); head of a sequence
+// b. 0 where there is none
 typedef struct { int b, t, head; } PlainRow;
 __device__ __forceinline__ int plain_row(PlainRow* row, int B, int T, int heads, int last) {
     size_t index = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP_LANES, columns = (size_t)B * heads;
@@ -106,15 +108,16 @@ attention_forward_plain_kernel(floatX* out, float* lse, const floatX* qkv, Atten
 
 // delta (B, NH, T) = sum(dout * out), and the queries of dqkv
 __global__ void __launch_bounds__(PLAIN_THREADS)
-attention_dq_plain_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, AttentionShape s,
-                          float scale) {
+    attention_dq_plain_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const floatX* qkv,
+                              const float* lse, AttentionShape s, float scale) {
     PlainRow row;
     if (!plain_row(&row, s.B, s.T, s.NH, 1)) {
         return;
     }
     int width = (s.NH + 2 * s.NKV) * s.HS, kv = row.head / (s.NH / s.NKV);
     const floatX* base = qkv + (size_t)row.b * s.T * width;
-    size_t at = (size_t)row.t * width + (size_t)row.head * s.HS, statistic = ((size_t)row.b * s.NH + row.head) * s.T + row.t;
+    size_t at = (size_t)row.t * width + (size_t)row.head * s.HS;
+    size_t statistic = ((size_t)row.b * s.NH + row.head) * s.T + row.t;
     size_t out_at = (((size_t)row.b * s.T + row.t) * s.NH + row.head) * s.HS;
     float q[PLAIN_LANE], d[PLAIN_LANE], k[PLAIN_LANE], v[PLAIN_LANE], dq[PLAIN_LANE] = {0.0f};
     row_load(q, base + at, s.HS);
@@ -136,7 +139,8 @@ attention_dq_plain_kernel(floatX* dqkv, float* delta, const floatX* dout, const 
 
 // the keys and values of dqkv
 __global__ void __launch_bounds__(PLAIN_THREADS)
-attention_dkv_plain_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* delta, AttentionShape s, float scale) {
+    attention_dkv_plain_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
+                               const float* delta, AttentionShape s, float scale) {
     PlainRow row;
     if (!plain_row(&row, s.B, s.T, s.NKV, 0)) {
         return;
@@ -165,25 +169,28 @@ attention_dkv_plain_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, 
 static int plain_blocks(size_t rows) { return (int)ceil_div((int64_t)rows * WARP_LANES, PLAIN_THREADS); }
 
 static void attention_forward_plain(floatX* out, float* lse, const floatX* qkv, AttentionShape s) {
-    attention_forward_plain_kernel<<<plain_blocks((size_t)s.B * s.T * s.NH), PLAIN_THREADS, 0, gpu.stream>>>(out, lse, qkv, s,
-                                                                                                          1.0f / sqrtf((float)s.HS));
+    attention_forward_plain_kernel<<<plain_blocks((size_t)s.B * s.T * s.NH), PLAIN_THREADS, 0, gpu.stream>>>(
+        out, lse, qkv, s, 1.0f / sqrtf((float)s.HS));
     cuda_check_launch();
 }
 
 // delta: scratch (B, NH, T)
-static void attention_backward_plain(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
-                                     AttentionShape s) {
+static void attention_backward_plain(floatX* dqkv, float* delta, const floatX* dout, const floatX* out,
+                                     const floatX* qkv, const float* lse, AttentionShape s) {
     float scale = 1.0f / sqrtf((float)s.HS);
-    attention_dq_plain_kernel<<<plain_blocks((size_t)s.B * s.T * s.NH), PLAIN_THREADS, 0, gpu.stream>>>(dqkv, delta, dout, out, qkv, lse, s, scale);
+    attention_dq_plain_kernel<<<plain_blocks((size_t)s.B * s.T * s.NH), PLAIN_THREADS, 0, gpu.stream>>>(
+        dqkv, delta, dout, out, qkv, lse, s, scale);
     cuda_check_launch();
-    attention_dkv_plain_kernel<<<plain_blocks((size_t)s.B * s.T * s.NKV), PLAIN_THREADS, 0, gpu.stream>>>(dqkv, dout, qkv, lse, delta, s, scale);
+    attention_dkv_plain_kernel<<<plain_blocks((size_t)s.B * s.T * s.NKV), PLAIN_THREADS, 0, gpu.stream>>>(
+        dqkv, dout, qkv, lse, delta, s, scale);
     cuda_check_launch();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // decoding: one sequence, new tokens at first_position and after; caches (position, NKV*HS)
 
-__global__ void attention_append_kernel(floatX* key_cache, floatX* value_cache, const floatX* qkv, AttentionShape s, int first_position) {
+__global__ void attention_append_kernel(floatX* key_cache, floatX* value_cache, const floatX* qkv, AttentionShape s,
+                                        int first_position) {
     int width = (s.NH + 2 * s.NKV) * s.HS, stride = s.NKV * s.HS;
     const floatX* from = qkv + (size_t)blockIdx.x * width + (size_t)s.NH * s.HS;
     size_t to = (size_t)(first_position + blockIdx.x) * stride;
@@ -195,11 +202,12 @@ __global__ void attention_append_kernel(floatX* key_cache, floatX* value_cache, 
 
 // a block is one query of one head; its warps take every CACHED_WARPS-th key and are merged in their order
 #define CACHED_WARPS 8
-__global__ void __launch_bounds__(CACHED_WARPS * WARP_LANES)
-attention_cached_kernel(floatX* out, const floatX* key_cache, const floatX* value_cache, const floatX* qkv, AttentionShape s, int first_position,
-                        float scale) {
+__global__ void __launch_bounds__(CACHED_WARPS* WARP_LANES)
+    attention_cached_kernel(floatX* out, const floatX* key_cache, const floatX* value_cache, const floatX* qkv,
+                            AttentionShape s, int first_position, float scale) {
     __shared__ RunningSoftmax parts[CACHED_WARPS][WARP_LANES];
-    int t = blockIdx.x / s.NH, h = blockIdx.x % s.NH, warp = threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES, stride = s.NKV * s.HS;
+    int t = blockIdx.x / s.NH, h = blockIdx.x % s.NH, stride = s.NKV * s.HS;
+    int warp = threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES;
     size_t head = (size_t)(h / (s.NH / s.NKV)) * s.HS;
     float q[PLAIN_LANE], x[PLAIN_LANE];
     row_load(q, qkv + (size_t)t * (s.NH + 2 * s.NKV) * s.HS + (size_t)h * s.HS, s.HS);
