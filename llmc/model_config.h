@@ -32,7 +32,7 @@ typedef struct {
 #define QUARTET_BATCH 262144
 static const Preset PRESETS[] = {
     // name            L   C     NH  NKV F      V       T     tied theta factor lr    batch tokens   what
-    {"tiny",           4,  128,  4,  4,  384,   288,    128,  0, 1e4, 0,  4e-3,    4096,          "quick start on a CPU"},
+    {"tiny",           4,  128,  4,  4,  384,   288,    128,  0, 1e4, 0,  4e-3,    4096,          "quick start"},
     {"30m",            6,  640,  5,  5,  1792,  32000,  512,  0, 1e4, 0,  1.2e-3,  QUARTET_BATCH, "Quartet paper"},
     {"50m",            7,  768,  6,  6,  2048,  32000,  512,  0, 1e4, 0,  1.2e-3,  QUARTET_BATCH, "Quartet paper"},
     {"100m",           8,  1024, 8,  8,  2816,  32000,  512,  0, 1e4, 0,  6e-4,    QUARTET_BATCH, "Quartet paper"},
