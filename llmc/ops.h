@@ -74,13 +74,12 @@ typedef struct Ops {
     // left and right operand of a GEMM); its program and libraries
     size_t (*scratch_bytes)(OperandSizes largest, AttentionShape shape, int threads);
     size_t (*program_bytes)(int threads);
-    size_t
-        classifier_bytes;  // of a chunk of logits: small enough for a cache or a budget, large enough for the library
+    size_t classifier_bytes;  // of a chunk of logits: within a cache or a budget, large enough for the library
     // dense bf16 peak of the device in FLOP/s, from its datasheet; 0 where it is not known
     double (*peak_flops)(void);
     void (*describe)(char* buffer, size_t bytes);
-    // ceilings, measured now: the library's own rate on large matrix products in FLOP/s; bytes a second of a large copy,
-    // read and written
+    // ceilings, measured now: the library's own rate on large matrix products in FLOP/s; bytes a second, read and
+    // written, of a large copy
     double (*gemm_rate)(void);
     double (*copy_rate)(void);
 
