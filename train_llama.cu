@@ -66,6 +66,7 @@ typedef struct {
     int has_val;
     RunState state;
     Log log;
+    LinearTelemetry telemetry;  // of the step in progress
     int32_t *inputs, *targets;  // a step's micro-batches on the host, one behind the other
 } Trainer;
 
@@ -174,12 +175,10 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     Model* model = &t->model;
     int64_t step = t->state.step;
     double begin = clock_seconds();
-    LinearTelemetry telemetry;
-    memset(&telemetry, 0, sizeof telemetry);
+    memset(&t->telemetry, 0, sizeof t->telemetry);
     int observe =
         config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
-    static LinearTelemetry kept;
-    model->linear.telemetry = observe ? &telemetry : NULL;
+    model->linear.telemetry = observe ? &t->telemetry : NULL;
     model->weights_quantized = observe ? 0 : model->weights_quantized;
     model->linear.step = step;
     double lr = schedule_lr(config, step);
@@ -200,7 +199,6 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     double loss = result.loss_sum / (double)config->batch_tokens;
     t->state.step++;
     t->state.tokens += config->batch_tokens;
-    kept = telemetry;
     double seconds = clock_seconds() - begin, peak = model->ops->peak_flops();
     double mfu = peak > 0 ? model_flops_per_token(model) * (double)config->batch_tokens / seconds / peak : 0.0;
     return (StepRecord){.step = t->state.step,
@@ -213,7 +211,7 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
                         .seconds = seconds,
                         .mfu = mfu,
                         .skipped = result.skip,
-                        .telemetry = observe ? &kept : NULL};
+                        .telemetry = observe ? &t->telemetry : NULL};
 }
 
 // 0, or -1 after a message: the disk may be full for a while, training goes on
