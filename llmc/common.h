@@ -41,13 +41,15 @@ enum ExitCode {
 
 [[noreturn]] static void die(int exit_code, const char* format, ...) PRINTF_LIKE(2, 3);
 [[noreturn]] static void die(int exit_code, const char* format, ...) {
+    char line[8192];
     fflush(stdout);
-    fprintf(stderr, "train_llama: ");
+    int used = snprintf(line, sizeof line, "train_llama: ");
     va_list args;
     va_start(args, format);
-    vfprintf(stderr, format, args);
+    vsnprintf(line + used, sizeof line - (size_t)used - 1, format, args);
     va_end(args);
-    fprintf(stderr, "\n");
+    strcat(line, "\n");
+    fputs(line, stderr);  // unbuffered: one write, so that lines of several processes do not mix
     fflush(stderr);
     exit(exit_code);
 }
