@@ -19,6 +19,7 @@
 #include "dev/test/json.h"
 #include "dev/test/linear.h"
 #include "dev/test/llama.h"
+#include "dev/test/memory.h"
 #include "dev/test/ops.h"
 #include "dev/test/quant.h"
 #include "dev/test/run.h"
@@ -39,6 +40,7 @@ static const Section SECTIONS[] = {
     {"linear", test_linear, "quantized linear layers, recipes, unbiased rounding"},
     {"ops", test_ops, "every operation against f64"},
     {"update", test_update, "sums, skip, AdamW"},
+    {"memory", test_memory, "narrow state, recomputation, what fits"},
     {"gradient", test_gradient, "whole-model gradients by finite differences (FP32 build)"},
     {"llama", test_llama_golden, "ten training steps of the PyTorch reference (FP32 build)"},
     {"options", test_options, "options, presets"},

@@ -27,6 +27,7 @@
 #include "llmc/log.h"
 #include "llmc/generate.h"
 #include "llmc/run.h"
+#include "llmc/sample.h"
 #include "llmc/self_test.h"
 #include "llmc/bench.h"
 #include <signal.h>
@@ -57,7 +58,7 @@ static void install_signal_handlers(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// validation and samples
+// validation
 
 typedef struct {
     Run run;
@@ -69,6 +70,8 @@ typedef struct {
     LinearTelemetry telemetry;  // of the step in progress
     int32_t *inputs, *targets;  // a step's micro-batches on the host, one behind the other
 } Trainer;
+
+static const Dataset* sample_data(const Trainer* t) { return t->has_val ? &t->val : &t->train; }
 
 // mean loss over the same evenly spaced validation samples each time, in nats per token
 static double validate(Trainer* t) {
@@ -86,89 +89,38 @@ static double validate(Trainer* t) {
     return model_read_control(&t->model).loss_sum / ((double)rows * t->run.T);
 }
 
-static int parse_prompt_ids(const char* text, int* ids, int most, int V) {
-    int count = 0;
-    while (*text) {
-        char* end;
-        long id = strtol(text, &end, 10);
-        check_or(end != text && id >= 0 && id < V, EXIT_USAGE,
-                 "--prompt ids: '%s' is not a list of token ids below the vocabulary %d", text, V);
-        check_or(count < most, EXIT_USAGE, "--prompt has more than the %d tokens that the model has positions for",
-                 most);
-        ids[count++] = (int)id;
-        text = *end == ',' ? end + 1 : end;
-    }
-    return count;
-}
-
-// the first tokens of the validation data (of the training data where there is none): `data` or `data:N`
-static int prompt_from_data(Trainer* t, int* ids, int most) {
-    const char* digits = t->run.config.prompt + 4;
-    int64_t wanted = 32;
-    check_or(!*digits || (*digits == ':' && parse_count(digits + 1, &wanted) && wanted > 0), EXIT_USAGE,
-             "--prompt '%s': expected data or data:N with N tokens", t->run.config.prompt);
-    check_or(t->inputs, EXIT_USAGE, "--prompt data needs --train-data");
-    data_read_even(t->has_val ? &t->val : &t->train, t->inputs, t->targets, 0, t->run.B, t->run.B);
-    int count = (int)min_i64(wanted, min_int(most, t->run.T));
-    memcpy(ids, t->inputs, sizeof(int) * (size_t)count);
-    return count;
-}
-
-// the prompt as tokens: given ids, tokens of the data, encoded text, or the document separator
-static int prompt_tokens(Trainer* t, int* ids, int most) {
-    const Run* run = &t->run;
-    const char* prompt = run->config.prompt;
-    if (!strcmp(prompt, "data") || starts_with(prompt, "data:")) {
-        return prompt_from_data(t, ids, most);
-    }
-    if (starts_with(prompt, "ids:")) {
-        int count = parse_prompt_ids(prompt + 4, ids, most, run->model_config.V);
-        check_or(count > 0, EXIT_USAGE, "--prompt ids: names no token");
-        return count;
-    }
-    int separator = run->tokenizer ? tokenizer_separator(run->tokenizer) : -1;
-    int count = 0;
-    if (separator >= 0 && separator < run->model_config.V) {
-        ids[count++] = separator;
-    }
-    if (*prompt) {
-        check_or(run->tokenizer, EXIT_USAGE,
-                 "--prompt as text needs a tokenizer; give --tokenizer FILE or --prompt ids:1,2,3");
-        int added = tokenizer_encode(run->tokenizer, prompt, ids + count, most - count);
-        check_or(added >= 0, EXIT_USAGE,
-                 "--prompt '%s' cannot be encoded here: its tokenizer merges bytes, or it is longer than %d "
-                 "tokens; give ids: --prompt ids:1,2,3 (HF tokenizers prints them)",
-                 prompt, most - count);
-        count += added;
-    }
-    ids[count] = 0;
-    return max_int(count, 1);
-}
-
-static void print_sample(Trainer* t) {
-    const Run* run = &t->run;
-    int most = run->model_config.max_positions;
-    int* ids = (int*)malloc_or_die(sizeof(int) * (size_t)(most + 1), "sample");
-    int count = prompt_tokens(t, ids, most - 1);
-    int vocab = run->tokenizer ? run->tokenizer->vocab : run->model_config.V;
-    int total = (int)min_i64(most, count + run->config.sample_tokens);
-    count = generate(&t->model, ids, count, total, vocab, run->config.temperature, (uint64_t)run->config.seed,
-                     t->state.step);
-    printf("--- sample after %lld steps\n", (long long)t->state.step);
-    if (run->tokenizer) {
-        print_tokens(run->tokenizer, ids, count);
-    } else {
-        for (int i = 0; i < count; i++) {
-            printf("%d ", ids[i]);
-        }
-    }
-    printf("\n---\n");
-    fflush(stdout);
-    free(ids);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // one step
+
+enum { REPLAY_WEIGHTS, REPLAY_MICRO_BATCH, REPLAY_UPDATE };
+
+static void quantize_weights(void* argument) {
+    Trainer* t = (Trainer*)argument;
+    t->model.weights_quantized = 0;
+    model_quantize_weights(&t->model);
+}
+
+static void micro_batch(void* argument) {
+    Trainer* t = (Trainer*)argument;
+    model_run_forward(&t->model, 1.0f / (float)t->run.config.batch_tokens, 1);
+    model_backward(&t->model);
+}
+
+static void update(void* argument) {
+    Trainer* t = (Trainer*)argument;
+    model_finish_gradients(&t->model);
+    comm_sum(&t->run.comm, &t->model.control->loss_sum);
+    optimizer_step(&t->model, &t->run.comm, &t->run.config);
+}
+
+// on the device, at once or as recorded before
+static void issue(Trainer* t, int recorded, int id, void (*work)(void* argument)) {
+    if (recorded) {
+        t->model.ops->replay(id, work, t);
+    } else {
+        work(t);
+    }
+}
 
 static StepRecord train_step(Trainer* t, DataLoader* loader) {
     const Config* config = &t->run.config;
@@ -179,22 +131,21 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     int observe =
         config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
     model->linear.telemetry = observe ? &t->telemetry : NULL;
-    model->weights_quantized = observe ? 0 : model->weights_quantized;
-    model->linear.step = step;
     double lr = schedule_lr(config, step);
     model_begin_step(model, lr, config->beta1, config->beta2, step + 1);
     model_zero_gradients(model);
+    int recorded = !observe && strcmp(config->graphs, "off");
+    issue(t, recorded, REPLAY_WEIGHTS, quantize_weights);
+    model->weights_quantized = 1;
     for (int64_t a = 0; a < t->run.accumulation; a++) {
-        model->linear.micro = a * t->run.comm.size + t->run.comm.rank;
         int32_t *inputs = t->inputs + a * t->run.B * t->run.T, *targets = t->targets + a * t->run.B * t->run.T;
         loader_next(loader, inputs, targets);
-        model_forward(model, inputs, targets, 1.0f / (float)config->batch_tokens, 1);
-        model_backward(model);
+        model_load_batch(model, inputs, targets, step, a * t->run.comm.size + t->run.comm.rank);
+        issue(t, recorded, REPLAY_MICRO_BATCH, micro_batch);
     }
-    model_finish_gradients(model);
+    issue(t, recorded, REPLAY_UPDATE, update);
+    model->weights_quantized = 0;
     model->linear.telemetry = NULL;
-    comm_sum(&t->run.comm, &model->control->loss_sum);
-    optimizer_step(model, &t->run.comm, config);
     StepControl result = model_read_control(model);
     double loss = result.loss_sum / (double)config->batch_tokens;
     t->state.step++;
@@ -261,7 +212,7 @@ static int train(Trainer* t) {
             log_val(&t->log, step, t->state.tokens, validate(t));
         }
         if (due(config->sample_every, step) && !stop) {
-            print_sample(t);
+            print_sample(&t->run, &t->model, sample_data(t), step);
         }
         if (last || stop || due(config->save_every, step)) {
             int failed = save(t);
@@ -315,7 +266,8 @@ static void print_header(const Trainer* t, const Ops* ops) {
     printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps,
            run_tokens, (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule,
            (long long)c->warmup_steps);
-    printf("memory     %sB for the model (--plan lists it)\n", memory);
+    printf("memory     %sB for the model (--plan lists it); recompute %s; gradients %s, AdamW %s\n", memory,
+           c->recompute, c->grad_dtype, c->adam_dtype);
     printf("out        %s\n", t->run.out);
     fflush(stdout);
 }
@@ -350,7 +302,7 @@ static void make_run_id(char* id, size_t bytes) {
 
 static void start_model(Trainer* t, const Ops* ops) {
     const Config* c = &t->run.config;
-    model_prepare(&t->model, ops, &t->run.model_config, t->run.recipe, t->run.B, t->run.T);
+    model_prepare(&t->model, ops, &t->run.model_config, t->run.recipe, t->run.training, t->run.B, t->run.T);
     t->model.linear.option_rounding = !strcmp(c->bwd_rounding, "sr") ? ROUND_STOCHASTIC : ROUND_NEAREST;
     t->model.linear.seed = (uint64_t)c->seed;
 }
@@ -400,17 +352,17 @@ static int run_prompt_only(Trainer* t) {
     free(run->out);
     run_resolve(run);
     const Ops* ops = backend_init(&run->config, run->recipe);
+    run_fit(run, ops);
     start_model(t, ops);
     model_allocate(&t->model);
     start_weights(t, checkpoint, saved);
     run_find_tokenizer(run, NULL, checkpoint);
-    print_sample(t);
+    print_sample(run, &t->model, NULL, t->state.step);
     return EXIT_DONE;
 }
 
-static int run_training(Trainer* t) {
+static int run_training(Trainer* t, const Ops* ops) {
     Run* run = &t->run;
-    const Ops* ops = backend_init(&run->config, run->recipe);
     if (run->config.self_test) {
         self_test(ops, 1);
         return EXIT_DONE;
@@ -437,6 +389,7 @@ static int run_training(Trainer* t) {
     if (run->recipe->x.format != FORMAT_FLOATX) {
         self_test(ops, 0);
     }
+    ops->peak_flops();  // measured now, where it must be: later there is no memory for it
     model_allocate(&t->model);
     start_weights(t, checkpoint, saved);
     check_fingerprint(t, checkpoint);
@@ -466,7 +419,7 @@ static int run_training(Trainer* t) {
         code = train(t);
     }
     if (code == EXIT_DONE && run->config.sample_every > 0 && !due(run->config.sample_every, t->state.step)) {
-        print_sample(t);
+        print_sample(run, &t->model, sample_data(t), t->state.step);
     }
     log_close(&t->log);
     free(checkpoint);
@@ -493,10 +446,12 @@ int main(int argc, char** argv) {
         return run_prompt_only(&trainer);
     }
     run_resolve(&trainer.run);
+    const Ops* ops = backend_init(config, trainer.run.recipe);
+    run_fit(&trainer.run, ops);
     if (config->print_config) {
         config_print(config, stdout);
         return EXIT_DONE;
     }
-    return run_training(&trainer);
+    return run_training(&trainer, ops);
 }
 #endif

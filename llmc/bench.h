@@ -94,7 +94,7 @@ static void bench_quantize_xt(Model* model) {
 }
 static void bench_unrotate(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->unrotate(model->dnorm, b->x[LINEAR_GATE_UP].mask, bench_tokens(model), model->config.C);
+    model->ops->unrotate(real_floatX(model->dnorm), b->x[LINEAR_GATE_UP].mask, bench_tokens(model), model->config.C);
 }
 static void bench_linears_forward(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
@@ -129,11 +129,13 @@ static void bench_adamw(Model* model) {
                       .m = model->m,
                       .v = model->v,
                       .grad = model->grads,
+                      .first = 0,
                       .count = model->table.elements,
                       .beta1 = 0.9f,
                       .beta2 = 0.95f,
                       .eps = 1e-8f,
                       .weight_decay = 0.1f,
+                      .seed = 1,
                       .control = model->control};
     model->ops->adamw(&args);
 }
@@ -217,7 +219,6 @@ static void bench_table(Model* model, double gemm_ceiling, double copy_ceiling) 
 // one optimizer step of one micro-batch; seconds
 static double bench_step(Model* model, const Run* run, const int32_t* inputs, const int32_t* targets, int64_t step) {
     double begin = clock_seconds();
-    model->linear.step = step;
     model_begin_step(model, 1e-4, run->config.beta1, run->config.beta2, step + 1);
     model_zero_gradients(model);
     model_forward(model, inputs, targets, 1.0f / (float)bench_tokens(model), 1);

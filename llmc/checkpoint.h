@@ -1,9 +1,9 @@
 // checkpoint.h: commit, verify, fall back.
 //
 //   OUT/step_00001000/  model.safetensors, config.json (tokenizer.json)   a Hugging Face Llama folder as it stands
-//                       optim-00000-of-00001.safetensors                  f32 master weights, m, v as one range of the
-//                       flat buffer state.json                                        run, step, options, data, size
-//                       and XXH64 of each file
+//                       optim-00000-of-00001.safetensors  f32 master weights (where the run keeps them), m, v, each one
+//                                                         range of the flat buffer
+//                       state.json                        run, step, options, data, size and XXH64 of each file
 // Written into step_00001000.tmp: every file is fsynced, then the folder, then it is renamed, then OUT is fsynced. So a
 // folder without .tmp is whole, whenever the machine stopped. Loading still verifies sizes and checksums (state.json
 // guards itself by a checksum of its own text): a damaged checkpoint is named and the next older one is taken. A
@@ -226,18 +226,27 @@ static void writer_put_weights(CheckpointWriter* writer, const Model* model) {
     free(path);
 }
 
+static SafetensorsDtype real_dtype(RealType type) {
+    return type == REAL_F32 || sizeof(floatX) == sizeof(float) ? SAFETENSORS_F32 : SAFETENSORS_BF16;
+}
+
+// master (where there is one), m, v
 static void writer_put_optimizer(CheckpointWriter* writer, const Model* model) {
     const char* names[] = {"master", "m", "v"};
-    const float* buffers[] = {model->master, model->m, model->v};
+    const RealArray arrays[] = {real_f32(model->master), model->m, model->v};
     SafetensorsWriter file = {};
     int64_t shape[] = {(int64_t)model->table.elements};
     for (int i = 0; i < 3; i++) {
-        safetensors_declare(&file, names[i], SAFETENSORS_F32, shape, 1);
+        if (arrays[i].data) {
+            safetensors_declare(&file, names[i], real_dtype(arrays[i].type), shape, 1);
+        }
     }
     char* path = format_string("%s/optim-00000-of-00001.safetensors", writer->folder);
     safetensors_write_begin(&file, path);
     for (int i = 0; i < 3; i++) {
-        writer_stream(&file, model, buffers[i], model->table.elements, sizeof(float));
+        if (arrays[i].data) {
+            writer_stream(&file, model, arrays[i].data, model->table.elements, real_bytes(arrays[i].type));
+        }
     }
     writer_end(writer, &file, "optim-00000-of-00001.safetensors");
     free(path);
@@ -467,32 +476,66 @@ static void model_config_must_match(const ModelConfig* have, const char* folder)
     free(path);
 }
 
-static void load_range(const SafetensorsFile* file, const char* name, float* device, const Model* model,
-                       floatX* rounded) {
+// copy a host array of f32 to the device in the array's type
+static void copy_reals(const Model* model, RealArray device, const float* values, size_t count) {
+    if (device.type == REAL_F32) {
+        model->ops->copy_to_device(device.data, values, count * sizeof(float));
+        return;
+    }
+    floatX* rounded = (floatX*)malloc_or_die(count * sizeof(floatX), "checkpoint buffer");
+    for (size_t i = 0; i < count; i++) {
+        rounded[i] = f32_to_floatX(values[i]);
+    }
+    model->ops->copy_to_device(device.data, rounded, count * sizeof(floatX));
+    free(rounded);
+}
+
+// `count` values of a tensor, f32 or bf16, into one or two device arrays; data of the second may be NULL
+static void load_tensor(const SafetensorsFile* file, const char* name, const Model* model, size_t count,
+                        RealArray first, RealArray second) {
     char error[SAFETENSORS_ERROR_BYTES];
     const SafetensorsEntry* entry = safetensors_find(file, name);
-    size_t count = model->table.elements;
-    check_or(entry && entry->dtype == SAFETENSORS_F32 && entry->bytes == (int64_t)(count * sizeof(float)),
-             EXIT_BAD_DATA, "'%s' does not hold %zu f32 values of '%s'", file->path, count, name);
+    check_or(entry, EXIT_BAD_DATA, "'%s' has no tensor '%s'", file->path, name);
+    int wide = entry->dtype == SAFETENSORS_F32;
+    size_t width = wide ? sizeof(float) : sizeof(bf16);
+    check_or((wide || entry->dtype == SAFETENSORS_BF16) && entry->bytes == (int64_t)(count * width), EXIT_BAD_DATA,
+             "'%s' does not hold %zu f32 or bf16 values of '%s'", file->path, count, name);
     float* chunk = (float*)malloc_or_die(CHECKPOINT_CHUNK * sizeof(float), "checkpoint buffer");
-    floatX* small = rounded ? (floatX*)malloc_or_die(CHECKPOINT_CHUNK * sizeof(floatX), "checkpoint buffer") : NULL;
+    bf16* narrow = (bf16*)malloc_or_die(CHECKPOINT_CHUNK * sizeof(bf16), "checkpoint buffer");
     for (size_t begin = 0; begin < count; begin += CHECKPOINT_CHUNK) {
         size_t n = count - begin < CHECKPOINT_CHUNK ? count - begin : CHECKPOINT_CHUNK;
-        check_or(safetensors_read(file, entry, chunk, (int64_t)begin, (int64_t)n, error, sizeof error) == 0, EXIT_IO,
-                 "%s", error);
-        model->ops->copy_to_device(device + begin, chunk, n * sizeof(float));
-        if (rounded) {
-            for (size_t i = 0; i < n; i++) {
-                small[i] = f32_to_floatX(chunk[i]);
-            }
-            model->ops->copy_to_device(rounded + begin, small, n * sizeof(floatX));
+        check_or(safetensors_read(file, entry, wide ? (void*)chunk : (void*)narrow, (int64_t)begin, (int64_t)n, error,
+                                  sizeof error) == 0,
+                 EXIT_IO, "%s", error);
+        for (size_t i = 0; !wide && i < n; i++) {
+            chunk[i] = bf16_to_f32(narrow[i]);
+        }
+        copy_reals(model, real_from(first, begin), chunk, n);
+        if (second.data) {
+            copy_reals(model, real_from(second, begin), chunk, n);
         }
     }
-    free(small);
+    free(narrow);
     free(chunk);
 }
 
-// Load a verified checkpoint: master, m, v; the parameters are the rounded master, as after every update.
+// the weights of a run without a master copy, tensor by tensor
+static void load_weights(const Model* model, const char* folder) {
+    char error[SAFETENSORS_ERROR_BYTES];
+    char* path = format_string("%s/model.safetensors", folder);
+    SafetensorsFile file;
+    check_or(safetensors_open(&file, path, error, sizeof error) == 0, EXIT_BAD_DATA, "%s", error);
+    for (int p = 0; p < model->table.count; p++) {
+        const Param* param = &model->table.list[p];
+        RealArray master = real_f32(model->master ? model->master + param->offset : NULL);
+        load_tensor(&file, param->name, model, param->count, real_floatX(model->params + param->offset), master);
+    }
+    safetensors_close(&file);
+    free(path);
+}
+
+// Load a verified checkpoint: weights, m, v. Where it has a master copy the parameters are the rounded master, as after
+// every update; a run with and one without a master copy, or with moments of another type, read each other's.
 static RunState checkpoint_load(Model* model, const char* folder, const Json* state) {
     model_config_must_match(&model->config, folder);
     RunState run = {};
@@ -504,9 +547,15 @@ static RunState checkpoint_load(Model* model, const char* folder, const Json* st
     char* path = format_string("%s/optim-00000-of-00001.safetensors", folder);
     SafetensorsFile file;
     check_or(safetensors_open(&file, path, error, sizeof error) == 0, EXIT_BAD_DATA, "%s", error);
-    load_range(&file, "master", model->master, model, model->params);
-    load_range(&file, "m", model->m, model, NULL);
-    load_range(&file, "v", model->v, model, NULL);
+    size_t N = model->table.elements;
+    RealArray none = real_f32(NULL);
+    if (model->master && safetensors_find(&file, "master")) {
+        load_tensor(&file, "master", model, N, real_f32(model->master), real_floatX(model->params));
+    } else {
+        load_weights(model, folder);
+    }
+    load_tensor(&file, "m", model, N, model->m, none);
+    load_tensor(&file, "v", model, N, model->v, none);
     safetensors_close(&file);
     free(path);
     model->weights_quantized = 0;

@@ -37,6 +37,13 @@ enum ExitCode {
     EXIT_HANG = 124,
 };
 
+// functions that kernels call, too
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 #define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
 
 [[noreturn]] static void die(int exit_code, const char* format, ...) PRINTF_LIKE(2, 3);

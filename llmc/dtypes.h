@@ -14,14 +14,6 @@
 #pragma once
 #include "common.h"
 
-#ifndef HOST_DEVICE
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
-#else
-#define HOST_DEVICE
-#endif
-#endif
-
 static HOST_DEVICE inline uint32_t f32_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 static HOST_DEVICE inline float f32_from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
@@ -40,18 +32,30 @@ static HOST_DEVICE inline bf16 f32_to_bf16(float x) {
     return y;
 }
 
+// Stochastic rounding: away from zero with the probability that x lies beyond the neighbour towards zero, in units of
+// their distance, to the resolution of the 16 random bits. NaN and infinity as f32_to_bf16.
+static HOST_DEVICE inline bf16 f32_to_bf16_stochastic(float x, uint32_t random16) {
+    uint32_t u = f32_bits(x);
+    bf16 y = {(uint16_t)((u + random16) >> 16)};
+    return (u & 0x7f800000u) == 0x7f800000u ? f32_to_bf16(x) : y;
+}
+
 #ifdef PRECISION_FP32
 typedef float floatX;
 #define FLOATX_NAME "F32"
 #define FLOATX_EPSILON 5.9604645e-8f  // 2^-24: half a unit in the last place of 1
 static HOST_DEVICE inline float floatX_to_f32(floatX x) { return x; }
 static HOST_DEVICE inline floatX f32_to_floatX(float x) { return x; }
+static HOST_DEVICE inline floatX f32_to_floatX_stochastic(float x, uint32_t) { return x; }
 #else
 typedef bf16 floatX;
 #define FLOATX_NAME "BF16"
 #define FLOATX_EPSILON 3.90625e-3f  // 2^-8
 static HOST_DEVICE inline float floatX_to_f32(floatX x) { return bf16_to_f32(x); }
 static HOST_DEVICE inline floatX f32_to_floatX(float x) { return f32_to_bf16(x); }
+static HOST_DEVICE inline floatX f32_to_floatX_stochastic(float x, uint32_t random16) {
+    return f32_to_bf16_stochastic(x, random16);
+}
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ static void generator_forward(Model* model, Generator* g, float* logits, const i
     ops->rmsnorm_forward(g->norm, g->rstd, g->x, model_weight(model, P_NORM, -1), rows, m->C, (float)m->rms_eps);
     QTensor last = qtensor_view(g->norm + (size_t)(rows - 1) * m->C, 1, m->C, 0);
     QTensor head = qtensor_view(model_weight(model, m->tied ? P_EMBED : P_HEAD, -1), m->V, m->C, 0);
-    GemmArgs gemm = {.out = g->logits, .out_type = OUT_FLOATX, .accumulate = 0, .a = &last, .b = &head, .alpha = 1.0f};
+    GemmArgs gemm = {.out = real_floatX(g->logits), .accumulate = 0, .a = &last, .b = &head, .alpha = 1.0f};
     ops->gemm(&gemm);
     floatX* raw = (floatX*)malloc_or_die(sizeof(floatX) * (size_t)m->V, "logits");
     ops->copy_to_host(raw, g->logits, sizeof(floatX) * (size_t)m->V);

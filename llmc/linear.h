@@ -20,7 +20,7 @@ typedef struct {
     int layer;
     int C, OC;
     const floatX* weight;  // (OC, C)
-    float* dweight;        // (OC, C), in rotated space until finished where the recipe rotates
+    RealArray dweight;     // (OC, C), in rotated space until finished where the recipe rotates
     QTensor w;             // the forward operand of this step
 } Linear;
 
@@ -32,7 +32,7 @@ typedef struct {
     const Recipe* recipe;
     Rounding option_rounding;    // --bwd-rounding
     uint64_t seed;
-    int64_t step, micro;         // random numbers derive from them
+    const uint64_t* position;    // on the device: StepControl.position, which random numbers derive from
     void *operand_a, *operand_b; // scratch of linear_scratch_bytes each: backward operands live here for one GEMM
     LinearTelemetry* telemetry;  // or NULL
 } LinearContext;
@@ -66,10 +66,11 @@ static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Line
         .saved = saved,
         .transposed = transposed,
         .seed = ctx->seed,
-        .sign_stream = rand_stream(RAND_SIGNS, (uint64_t)linear->layer, (uint64_t)ctx->micro, (uint64_t)ctx->step),
+        .sign_stream = rand_stream(RAND_SIGNS, (uint64_t)linear->layer, 0, 0),
         .sign_index = (kind * 8 + gemm) << 56,
-        .round_stream = rand_stream(RAND_ROUND, (uint64_t)linear->layer, (uint64_t)ctx->micro, (uint64_t)ctx->step),
+        .round_stream = rand_stream(RAND_ROUND, (uint64_t)linear->layer, 0, 0),
         .round_index = (kind * 8 + (uint64_t)id) << 56,
+        .position = ctx->position,
         .stats = stats};
     ctx->ops->quantize(&args);
     return out;
@@ -87,8 +88,14 @@ static void linear_forward(const LinearContext* ctx, const Linear* linear, float
                            const floatX* inp, int BT) {
     QuantStats* stats = ctx->telemetry ? &ctx->telemetry->x[linear->kind] : NULL;
     *x = linear_operand(ctx, OPERAND_X, linear, memory, BT, linear->C, inp, NULL, 0, stats);
-    GemmArgs gemm = {.out = out, .out_type = OUT_FLOATX, .accumulate = 0, .a = x, .b = &linear->w, .alpha = 1.0f};
+    GemmArgs gemm = {.out = real_floatX(out), .accumulate = 0, .a = x, .b = &linear->w, .alpha = 1.0f};
     ctx->ops->gemm(&gemm);
+}
+
+// the operand x alone, as linear_forward made it of inp
+static void linear_operand_again(const LinearContext* ctx, const Linear* linear, QTensor* x, void* memory,
+                                 const floatX* inp, int BT) {
+    *x = linear_operand(ctx, OPERAND_X, linear, memory, BT, linear->C, inp, NULL, 0, NULL);
 }
 
 // dinp (BT, C) = gradient of inp; dweight += gradient of the weight, in rotated space where the recipe rotates
@@ -98,15 +105,15 @@ static void linear_backward(const LinearContext* ctx, const Linear* linear, floa
     int C = linear->C, OC = linear->OC;
     QTensor dy = linear_operand(ctx, OPERAND_DY, linear, ctx->operand_a, BT, OC, dout, NULL, 0, NULL);
     QTensor wt = linear_operand(ctx, OPERAND_WT, linear, ctx->operand_b, C, OC, linear->weight, &linear->w, 1, NULL);
-    GemmArgs input = {.out = dinp, .out_type = OUT_FLOATX, .accumulate = 0, .a = &dy, .b = &wt, .alpha = 1.0f};
+    GemmArgs input = {.out = real_floatX(dinp), .accumulate = 0, .a = &dy, .b = &wt, .alpha = 1.0f};
     ctx->ops->gemm(&input);
     if (recipe_rotates(recipe) && recipe->wt.source == SOURCE_SAVED) {
-        ctx->ops->unrotate(dinp, recipe->x_grad == GRAD_TRUST_MASK ? x->mask : NULL, BT, C);
+        ctx->ops->unrotate(real_floatX(dinp), recipe->x_grad == GRAD_TRUST_MASK ? x->mask : NULL, BT, C);
     }
     QTensor dyt = linear_operand(ctx, OPERAND_DYT, linear, ctx->operand_a, OC, BT, dout, NULL, 1, NULL);
     QTensor xt = linear_operand(ctx, OPERAND_XT, linear, ctx->operand_b, C, BT, x->dense, x, 1, NULL);
     GemmArgs weight = {
-        .out = linear->dweight, .out_type = OUT_F32, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};
+        .out = linear->dweight, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};
     ctx->ops->gemm(&weight);
 }
 
@@ -114,7 +121,7 @@ static void linear_backward(const LinearContext* ctx, const Linear* linear, floa
 static void linear_finish_gradient(const LinearContext* ctx, const Linear* linear) {
     const Recipe* recipe = ctx->recipe;
     if (recipe_rotates(recipe) && recipe->xt.source == SOURCE_SAVED) {
-        ctx->ops->unrotate_f32(linear->dweight, recipe->w_grad == GRAD_TRUST_MASK ? linear->w.mask : NULL, linear->OC,
+        ctx->ops->unrotate(linear->dweight, recipe->w_grad == GRAD_TRUST_MASK ? linear->w.mask : NULL, linear->OC,
                                linear->C);
     }
 }

@@ -10,11 +10,24 @@
 #include "linear.h"
 #include "model_config.h"
 
-// kept from forward for backward, one a block
+// What forward does not keep and backward makes again, bit for bit the same: nothing; what no product is needed for
+// (both norms' outputs, SwiGLU's output); also the gate and up product; everything but the block's entry.
+typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORM, RECOMPUTE_FFN, RECOMPUTE_BLOCK, RECOMPUTE_LEVELS } Recompute;
+static const char* const RECOMPUTE_NAMES[RECOMPUTE_LEVELS] = {"none", "norm", "ffn", "block"};
+
+// what training keeps, and in which types
+typedef struct {
+    Recompute recompute;
+    RealType grad_type, moment_type;
+    int has_master;  // f32 copy of the weights; without it they are rounded stochastically
+} TrainingMemory;
+static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 1};
+
+// kept from forward for backward, one a block; a buffer that is not kept is the same one in all blocks
 typedef struct {
     floatX* inp;         // (BT, C) residual stream at the block's entry
     float* rstd1;        // (BT)
-    floatX* norm1;       // (BT, C), dense recipes only keep it; else all blocks share one
+    floatX* norm1;       // (BT, C), quantizing recipes never keep it: their operand stands for it
     floatX* qkv;         // (BT, A + 2 KV) after rope
     float* lse;          // (B, NH, T)
     floatX* att;         // (BT, A)
@@ -23,7 +36,7 @@ typedef struct {
     floatX* norm2;       // (BT, C), as norm1
     floatX* gate_up;     // (BT, 2F)
     floatX* act;         // (BT, F), as norm1
-    void* x_memory[LINEAR_KINDS];
+    char* x_memory[LINEAR_KINDS];
     QTensor x[LINEAR_KINDS];  // forward operands of the four linear layers
 } BlockActivations;
 
@@ -32,7 +45,7 @@ typedef enum {
     MEMORY_CLASSIFIER, MEMORY_BATCH, MEMORY_CLASSES,
 } MemoryClass;
 static const char* const MEMORY_NAMES[MEMORY_CLASSES] = {
-    "parameters", "gradients (f32)", "optimizer: master, m, v (f32)", "quantized weights", "saved activations",
+    "parameters", "gradients", "optimizer state", "quantized weights", "saved activations",
     "backward scratch", "classifier chunk", "batch",
 };
 
@@ -40,11 +53,13 @@ typedef struct {
     const Ops* ops;
     ModelConfig config;
     ParamTable table;
+    TrainingMemory training;
     int B, T;             // rows and length of a micro-batch
     int classifier_rows;  // rows of a chunk of logits
 
     floatX* params;       // all parameters, flat
-    float *grads, *master, *m, *v;
+    RealArray grads, m, v;
+    float* master;        // or NULL
     LinearContext linear;
     Linear* linears;      // (L, LINEAR_KINDS)
     float* rope_table;    // (positions, HS/2, 2) cos, sin
@@ -71,8 +86,8 @@ static const Param* model_param(const Model* model, ParamKind kind, int layer) {
 static floatX* model_weight(const Model* model, ParamKind kind, int layer) {
     return model->params + model_param(model, kind, layer)->offset;
 }
-static float* model_grad(const Model* model, ParamKind kind, int layer) {
-    return model->grads + model_param(model, kind, layer)->offset;
+static RealArray model_grad(const Model* model, ParamKind kind, int layer) {
+    return real_from(model->grads, model_param(model, kind, layer)->offset);
 }
 
 static AttentionShape attention_shape(const Model* model, int B, int T) {
@@ -91,6 +106,10 @@ static void* arena_take(Arena* arena, size_t bytes) {
     return at;
 }
 
+static RealArray arena_take_reals(Arena* arena, RealType type, size_t count) {
+    return RealArray{type, arena_take(arena, count * real_bytes(type))};
+}
+
 // columns C and rows OC of a linear layer
 static void linear_shape(const ModelConfig* m, LinearKind kind, int* C, int* OC) {
     int A = m->NH * m->HS, KV = m->NKV * m->HS;
@@ -103,30 +122,32 @@ static void model_layout_activations(Model* model, Arena* arena) {
     const ModelConfig* m = &model->config;
     const Recipe* recipe = model->linear.recipe;
     size_t BT = (size_t)model->B * model->T, A = (size_t)m->NH * m->HS, KV = (size_t)m->NKV * m->HS;
+    Recompute recompute = model->training.recompute;
     int dense = recipe->x.format == FORMAT_FLOATX;
-    floatX *norm = NULL, *act = NULL;
-    if (!dense) {
-        norm = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
-        act = (floatX*)arena_take(arena, BT * m->F * sizeof(floatX));
-    }
     for (int l = 0; l < m->L; l++) {
-        BlockActivations* b = &model->blocks[l];
+        BlockActivations *b = &model->blocks[l], *shared = l > 0 ? &model->blocks[0] : NULL;
+        int keep_outputs = dense && recompute < RECOMPUTE_NORM;
+        int keep_ffn = recompute < RECOMPUTE_FFN, keep_block = recompute < RECOMPUTE_BLOCK;
         b->inp = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
-        b->rstd1 = (float*)arena_take(arena, BT * sizeof(float));
-        b->norm1 = dense ? (floatX*)arena_take(arena, BT * m->C * sizeof(floatX)) : norm;
-        b->qkv = (floatX*)arena_take(arena, BT * (A + 2 * KV) * sizeof(floatX));
-        b->lse = (float*)arena_take(arena, BT * m->NH * sizeof(float));
-        b->att = (floatX*)arena_take(arena, BT * A * sizeof(floatX));
-        b->mid = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
-        b->rstd2 = (float*)arena_take(arena, BT * sizeof(float));
-        b->norm2 = dense ? (floatX*)arena_take(arena, BT * m->C * sizeof(floatX)) : norm;
-        b->gate_up = (floatX*)arena_take(arena, BT * 2 * m->F * sizeof(floatX));
-        b->act = dense ? (floatX*)arena_take(arena, BT * m->F * sizeof(floatX)) : act;
+#define TAKE(keep, field, type, count) \
+    b->field = shared && !(keep) ? shared->field : (type*)arena_take(arena, (count) * sizeof(type))
+        TAKE(keep_block, rstd1, float, BT);
+        TAKE(keep_outputs, norm1, floatX, BT * m->C);
+        TAKE(keep_block, qkv, floatX, BT * (A + 2 * KV));
+        TAKE(keep_block, lse, float, BT * m->NH);
+        TAKE(keep_block, att, floatX, BT * A);
+        TAKE(keep_block, mid, floatX, BT * m->C);
+        TAKE(keep_block, rstd2, float, BT);
+        TAKE(keep_outputs, norm2, floatX, BT * m->C);
+        TAKE(keep_ffn, gate_up, floatX, BT * 2 * m->F);
+        TAKE(keep_outputs, act, floatX, BT * m->F);
         for (int kind = 0; kind < LINEAR_KINDS; kind++) {
             int C, OC;
             linear_shape(m, (LinearKind)kind, &C, &OC);
-            b->x_memory[kind] = arena_take(arena, qtensor_bytes(&recipe->x, (int)BT, C));
+            int keep = kind == LINEAR_DOWN ? keep_ffn : keep_block;
+            TAKE(keep, x_memory[kind], char, qtensor_bytes(&recipe->x, (int)BT, C));
         }
+#undef TAKE
     }
     model->out = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
     model->final_norm = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
@@ -160,11 +181,11 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
     size_t BT = (size_t)model->B * model->T, N = model->table.elements;
     switch (kind) {
     case MEMORY_PARAMS: model->params = (floatX*)arena_take(arena, N * sizeof(floatX)); break;
-    case MEMORY_GRADS: model->grads = (float*)arena_take(arena, N * sizeof(float)); break;
+    case MEMORY_GRADS: model->grads = arena_take_reals(arena, model->training.grad_type, N); break;
     case MEMORY_OPTIMIZER:
-        model->master = (float*)arena_take(arena, N * sizeof(float));
-        model->m = (float*)arena_take(arena, N * sizeof(float));
-        model->v = (float*)arena_take(arena, N * sizeof(float));
+        model->master = model->training.has_master ? (float*)arena_take(arena, N * sizeof(float)) : NULL;
+        model->m = arena_take_reals(arena, model->training.moment_type, N);
+        model->v = arena_take_reals(arena, model->training.moment_type, N);
         break;
     case MEMORY_QUANTIZED_WEIGHTS: {
         size_t bytes = 0;
@@ -248,9 +269,11 @@ static void model_check(const Model* model) {
 }
 
 // Shapes and memory sizes; nothing is allocated but the tables. B rows of T tokens a micro-batch.
-static void model_prepare(Model* model, const Ops* ops, const ModelConfig* config, const Recipe* recipe, int B, int T) {
+static void model_prepare(Model* model, const Ops* ops, const ModelConfig* config, const Recipe* recipe,
+                          TrainingMemory training, int B, int T) {
     memset(model, 0, sizeof *model);
     model->ops = ops;
+    model->training = training;
     model->config = *config;
     model->table = param_table(config);
     model->B = B;
@@ -308,6 +331,7 @@ static void model_allocate(Model* model) {
         model_layout(model, (MemoryClass)kind, &arena);
     }
     model_bind_linears(model);
+    model->linear.position = &model->control->position;
     model->ops->reserve(attention_shape(model, model->B, model->T));
     size_t count = (size_t)model->config.max_positions * model->config.HS;
     float* table = (float*)malloc_or_die(count * sizeof(float), "rope table");
@@ -316,13 +340,18 @@ static void model_allocate(Model* model) {
     free(table);
 }
 
+// what model_prepare made
+static void model_free_tables(Model* model) {
+    free(model->blocks);
+    free(model->linears);
+    free(model->table.list);
+}
+
 static void model_free(Model* model) {
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
         model->ops->release(model->memory[kind]);
     }
-    free(model->blocks);
-    free(model->linears);
-    free(model->table.list);
+    model_free_tables(model);
 }
 
 // Initial master weights from the seed, and the parameters rounded from them. Element i of a tensor is a function of
@@ -343,7 +372,9 @@ static void model_init_weights(Model* model, uint64_t seed) {
                 values[i] = init == INIT_ONE ? 1.0f : (float)(std * rand_normal(seed, begin + (size_t)i, stream));
                 rounded[i] = f32_to_floatX(values[i]);
             }
-            model->ops->copy_to_device(model->master + param->offset + begin, values, (size_t)n * sizeof(float));
+            if (model->master) {
+                model->ops->copy_to_device(model->master + param->offset + begin, values, (size_t)n * sizeof(float));
+            }
             model->ops->copy_to_device(model->params + param->offset + begin, rounded, (size_t)n * sizeof(floatX));
         }
     }
@@ -368,35 +399,74 @@ static void model_quantize_weights(Model* model) {
     model->weights_quantized = 1;
 }
 
-// From norm1, the normalized entry of the block, to the entry of the next block and its norm: each residual add is one
-// operation with the norm behind it.
-static void model_forward_block(Model* model, int l) {
+// From norm1, the normalized entry of the block, to SwiGLU's output: what backward needs
+static void model_forward_block_inside(Model* model, int l) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
     const LinearContext* ctx = &model->linear;
     BlockActivations* b = &model->blocks[l];
     const Linear* linears = model->linears + l * LINEAR_KINDS;
-    int BT = model->B * model->T, last = l + 1 == m->L;
-    float eps = (float)m->rms_eps;
+    int BT = model->B * model->T;
     AttentionShape shape = attention_shape(model, model->B, model->T);
-
     linear_forward(ctx, &linears[LINEAR_QKV], b->qkv, &b->x[LINEAR_QKV], b->x_memory[LINEAR_QKV], b->norm1, BT);
     ops->rope(b->qkv, model->rope_table, shape, 0, 0);
     ops->attention_forward(b->att, b->lse, b->qkv, shape);
     linear_forward(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O], b->x_memory[LINEAR_O], b->att, BT);
     ops->add_rmsnorm_forward(b->mid, b->norm2, b->rstd2, b->inp, model->projection, model_weight(model, P_NORM2, l), BT,
-                             m->C, eps);
-
+                             m->C, (float)m->rms_eps);
     linear_forward(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP], b->x_memory[LINEAR_GATE_UP],
                    b->norm2, BT);
     ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
-    linear_forward(ctx, &linears[LINEAR_DOWN], model->projection, &b->x[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act,
-                   BT);
+}
+
+// From norm1 to the entry of the next block and its norm: each residual add is one operation with the norm behind it.
+static void model_forward_block(Model* model, int l) {
+    const ModelConfig* m = &model->config;
+    BlockActivations* b = &model->blocks[l];
+    int BT = model->B * model->T, last = l + 1 == m->L;
+    model_forward_block_inside(model, l);
+    linear_forward(&model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN], model->projection,
+                   &b->x[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act, BT);
     BlockActivations* next = last ? NULL : b + 1;
-    ops->add_rmsnorm_forward(last ? model->out : next->inp, last ? model->final_norm : next->norm1,
-                             last ? model->rstd_final : next->rstd1, b->mid, model->projection,
-                             last ? model_weight(model, P_NORM, -1) : model_weight(model, P_NORM1, l + 1), BT, m->C,
-                             eps);
+    model->ops->add_rmsnorm_forward(last ? model->out : next->inp, last ? model->final_norm : next->norm1,
+                                    last ? model->rstd_final : next->rstd1, b->mid, model->projection,
+                                    last ? model_weight(model, P_NORM, -1) : model_weight(model, P_NORM1, l + 1), BT,
+                                    m->C, (float)m->rms_eps);
+}
+
+// What forward did not keep of a block, made again as forward made it. The last block's is still there.
+static void model_rebuild_block(Model* model, int l) {
+    const Ops* ops = model->ops;
+    const ModelConfig* m = &model->config;
+    const LinearContext* ctx = &model->linear;
+    BlockActivations* b = &model->blocks[l];
+    Recompute recompute = model->training.recompute;
+    int BT = model->B * model->T, dense = ctx->recipe->x.format == FORMAT_FLOATX;
+    if (recompute == RECOMPUTE_NONE || l + 1 == m->L) {
+        return;
+    }
+    if (dense || recompute == RECOMPUTE_BLOCK) {
+        ops->rmsnorm_forward(b->norm1, b->rstd1, b->inp, model_weight(model, P_NORM1, l), BT, m->C, (float)m->rms_eps);
+    }
+    if (recompute == RECOMPUTE_BLOCK) {
+        model_forward_block_inside(model, l);
+    } else {
+        if (dense || recompute == RECOMPUTE_FFN) {
+            ops->rmsnorm_forward(b->norm2, b->rstd2, b->mid, model_weight(model, P_NORM2, l), BT, m->C,
+                                 (float)m->rms_eps);
+        }
+        if (recompute == RECOMPUTE_FFN) {
+            linear_forward(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP],
+                           b->x_memory[LINEAR_GATE_UP], b->norm2, BT);
+        }
+        if (dense || recompute == RECOMPUTE_FFN) {
+            ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
+        }
+    }
+    if (recompute >= RECOMPUTE_FFN) {
+        linear_operand_again(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN], &b->x[LINEAR_DOWN],
+                             b->x_memory[LINEAR_DOWN], b->act, BT);
+    }
 }
 
 // losses of all rows; where with_grad, dnorm (BT, C) = gradient of final_norm and the head's gradient +=
@@ -412,38 +482,43 @@ static void model_classifier(Model* model, float grad_scale, int with_grad) {
         const floatX* x = model->final_norm + (size_t)row * m->C;
         QTensor inp = qtensor_view(x, rows, m->C, 0);
         GemmArgs forward = {
-            .out = model->logits, .out_type = OUT_FLOATX, .accumulate = 0, .a = &inp, .b = &weight, .alpha = 1.0f};
+            .out = real_floatX(model->logits), .accumulate = 0, .a = &inp, .b = &weight, .alpha = 1.0f};
         ops->gemm(&forward);
         ops->crossentropy(model->losses + row, model->logits, model->targets + row, rows, m->V, grad_scale, with_grad);
         if (with_grad) {
             QTensor dlogits = qtensor_view(model->logits, rows, m->V, 0);
             QTensor dlogits_t = qtensor_view(model->logits, m->V, rows, 1);
             QTensor inp_t = qtensor_view(x, m->C, rows, 1);
-            GemmArgs input = {.out = model->dnorm + (size_t)row * m->C,
-                              .out_type = OUT_FLOATX,
+            GemmArgs input = {.out = real_floatX(model->dnorm + (size_t)row * m->C),
                               .accumulate = 0,
                               .a = &dlogits,
                               .b = &weight_t,
                               .alpha = 1.0f};
             ops->gemm(&input);
-            GemmArgs grad = {.out = model_grad(model, head, -1), .out_type = OUT_F32, .accumulate = 1, .a = &dlogits_t,
+            GemmArgs grad = {.out = model_grad(model, head, -1), .accumulate = 1, .a = &dlogits_t,
                              .b = &inp_t, .alpha = 1.0f};
             ops->gemm(&grad);
         }
     }
 }
 
-// One micro-batch; its losses are added to control->loss_sum. inputs, targets: (B*T) host arrays that do not change
-// before the next synchronize. grad_scale multiplies every gradient: 1 / tokens of the whole step makes the step's
-// gradient the gradient of its mean loss.
-static void model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale,
-                          int with_grad) {
+// A micro-batch for model_run_forward. inputs, targets: (B*T) host arrays that do not change before the next
+// synchronize. Random numbers follow from the step and the micro-batch's number in it, over all ranks.
+static void model_load_batch(Model* model, const int32_t* inputs, const int32_t* targets, int64_t step, int64_t micro) {
+    size_t BT = (size_t)model->B * model->T;
+    uint64_t position = (uint64_t)micro << 32 | (uint64_t)step;
+    model->ops->copy_to_device(&model->control->position, &position, sizeof position);
+    model->ops->copy_to_device(model->inputs, inputs, BT * sizeof(int32_t));
+    model->ops->copy_to_device(model->targets, targets, BT * sizeof(int32_t));
+}
+
+// The loaded micro-batch; its losses are added to control->loss_sum. grad_scale multiplies every gradient: 1 / tokens
+// of the whole step makes the step's gradient the gradient of its mean loss.
+static void model_run_forward(Model* model, float grad_scale, int with_grad) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
     BlockActivations* first = &model->blocks[0];
     size_t BT = (size_t)model->B * model->T;
-    ops->copy_to_device(model->inputs, inputs, BT * sizeof(int32_t));
-    ops->copy_to_device(model->targets, targets, BT * sizeof(int32_t));
     model_quantize_weights(model);
     ops->embedding_forward(first->inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
     ops->rmsnorm_forward(first->norm1, first->rstd1, first->inp, model_weight(model, P_NORM1, 0), (int)BT, m->C,
@@ -455,10 +530,17 @@ static void model_forward(Model* model, const int32_t* inputs, const int32_t* ta
     ops->loss_sum(&model->control->loss_sum, model->losses, (int)BT);
 }
 
+static void model_forward(Model* model, const int32_t* inputs, const int32_t* targets, float grad_scale,
+                          int with_grad) {
+    model_load_batch(model, inputs, targets, 0, 0);
+    model_run_forward(model, grad_scale, with_grad);
+}
+
 // The sums begin at zero; lr and the bias corrections of update t (from 1) are set. t 0: no update follows.
 static void model_begin_step(Model* model, double lr, double beta1, double beta2, int64_t t) {
     StepControl control;
     memset(&control, 0, sizeof control);
+    control.update = (uint64_t)t;
     control.lr = (float)lr;
     control.correction1 = (float)(1.0 - pow(beta1, (double)t));
     control.correction2 = (float)(1.0 - pow(beta2, (double)t));
@@ -484,6 +566,7 @@ static void model_backward_block(Model* model, int l) {
     int BT = model->B * model->T;
     AttentionShape shape = attention_shape(model, model->B, model->T);
 
+    model_rebuild_block(model, l);
     linear_backward(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
     ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
     linear_backward(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
@@ -511,7 +594,7 @@ static void model_backward(Model* model) {
 }
 
 static void model_zero_gradients(Model* model) {
-    model->ops->zero(model->grads, model->table.elements * sizeof(float));
+    model->ops->zero(model->grads.data, model->table.elements * real_bytes(model->grads.type));
 }
 
 // after the last micro-batch of a step: weight gradients leave the rotated space they were summed in

@@ -3,8 +3,8 @@
 //
 // Conventions: outputs first, then inputs, then sizes. `=` overwrites and `+=` accumulates, as each row says: weight
 // gradients accumulate, all else overwrites. Tensors are contiguous, the last index runs fastest. Activations and
-// parameters are floatX, gradients of parameters and optimizer state f32, statistics f32; all sums are in f32 or
-// better.
+// parameters are floatX, gradients of parameters and optimizer state f32 or floatX (RealArray), statistics f32; all
+// sums are in f32 or better.
 //   B batch rows, T time, BT = B*T tokens, C channels, F ffn width, NH query heads, NKV key/value heads, HS head size,
 //   V vocabulary. qkv (B, T, (NH + 2 NKV) * HS): the query heads, then the key heads, then the value heads of each
 //   token.
@@ -16,13 +16,35 @@ typedef struct { int B, T, NH, NKV, HS; } AttentionShape;
 
 typedef struct { size_t a, b; } OperandSizes;  // elements
 
-typedef enum { OUT_FLOATX, OUT_F32 } OutType;
+// numbers whose type is an option: gradients of parameters, optimizer state, results of products
+typedef enum { REAL_FLOATX, REAL_F32 } RealType;
+typedef struct { RealType type; void* data; } RealArray;
+
+static HOST_DEVICE inline RealArray real_f32(float* data) { return RealArray{REAL_F32, data}; }
+static HOST_DEVICE inline RealArray real_floatX(floatX* data) { return RealArray{REAL_FLOATX, data}; }
+static HOST_DEVICE inline size_t real_bytes(RealType type) {
+    return type == REAL_F32 ? sizeof(float) : sizeof(floatX);
+}
+// the array from element i on
+static HOST_DEVICE inline RealArray real_from(RealArray x, size_t i) {
+    return RealArray{x.type, (char*)x.data + i * real_bytes(x.type)};
+}
+static HOST_DEVICE inline float real_get(RealArray x, size_t i) {
+    return x.type == REAL_F32 ? ((const float*)x.data)[i] : floatX_to_f32(((const floatX*)x.data)[i]);
+}
+// rounded to nearest
+static HOST_DEVICE inline void real_set(RealArray x, size_t i, float value) {
+    if (x.type == REAL_F32) {
+        ((float*)x.data)[i] = value;
+    } else {
+        ((floatX*)x.data)[i] = f32_to_floatX(value);
+    }
+}
 
 // out (M, N) [+]= alpha * owed * decode(a) (M, K) . decode(b) (N, K)^T
 typedef struct {
-    void* out;
-    OutType out_type;
-    int accumulate;  // out_type F32 only
+    RealArray out;
+    int accumulate;
     const QTensor *a, *b;
     float alpha;
 } GemmArgs;
@@ -33,6 +55,8 @@ typedef struct {
 typedef struct {
     double loss_sum;      // nats over the step's tokens
     double grad_squares;  // of the gradients before clipping
+    uint64_t update;      // number of the update that follows, from 1
+    uint64_t position;    // micro-batch << 32 | step: random numbers of a micro-batch derive from it
     float lr, correction1, correction2;
     float grad_scale;     // multiplies every gradient: the clip factor
     int32_t skip;         // loss or gradients are not finite: the update leaves everything as it is
@@ -46,13 +70,19 @@ static HOST_DEVICE inline void step_decide(StepControl* control, float grad_clip
     control->grad_scale = grad_clip > 0.0f && norm > (double)grad_clip ? (float)((double)grad_clip / norm) : 1.0f;
 }
 
+// Elements first .. first + count - 1 of the flat buffer; all arrays begin at element `first`. With a master copy:
+// master is updated, param = rounded master. Without: param itself is updated and rounded stochastically, so that
+// updates below half a unit in its last place are not lost. m and v in floatX are rounded stochastically, too. The 16
+// random bits of element i are round_bits(seed, rand_stream(RAND_UPDATE, 0, 0, update), which << 56, i), which 0 for
+// param, 1 for m, 2 for v.
 typedef struct {
-    floatX* param;       // = rounded master
-    float *master, *m, *v;
-    const float* grad;
-    size_t count;
+    floatX* param;
+    float* master;               // or NULL
+    RealArray m, v, grad;
+    size_t first, count;
     float beta1, beta2, eps, weight_decay;
-    const StepControl* control;  // lr, corrections, grad_scale; where skip is set nothing is written
+    uint64_t seed;
+    const StepControl* control;  // update, lr, corrections, grad_scale; where skip is set nothing is written
 } AdamwArgs;
 
 typedef struct Ops {
@@ -75,8 +105,15 @@ typedef struct Ops {
     size_t (*scratch_bytes)(OperandSizes largest, AttentionShape shape, int threads);
     size_t (*program_bytes)(int threads);
     size_t classifier_bytes;  // of a chunk of logits: within a cache or a budget, large enough for the library
-    // dense bf16 peak of the device in FLOP/s, from its datasheet; 0 where it is not known
+    // dense bf16 peak of the device in FLOP/s: from its datasheet or, where the device is not in the table, gemm_rate,
+    // measured at the first call; 0 on the CPU
     double (*peak_flops)(void);
+    // bytes that can still be allocated; 0 where that is not known
+    size_t (*available_bytes)(void);
+    size_t micro_tokens;  // tokens of a micro-batch that keep the device busy
+    // Run work(argument), which only calls operations of this table, always the same ones on the same memory. The
+    // device may record it under that id and play it again.
+    void (*replay)(int id, void (*work)(void* argument), void* argument);
     void (*describe)(char* buffer, size_t bytes);
     // ceilings, measured now: the library's own rate on large matrix products in FLOP/s; bytes a second, read and
     // written, of a large copy
@@ -85,8 +122,8 @@ typedef struct Ops {
 
     // out (BT, C) = weight[token]; weight (V, C)
     void (*embedding_forward)(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C);
-    // dweight (V, C) += the rows of dout (BT, C) that stand at each token, in token order
-    void (*embedding_backward)(float* dweight, const floatX* dout, const int32_t* tokens, int BT, int C);
+    // dweight (V, C) += the rows of dout (BT, C) that stand at each token, in token order, summed in f32
+    void (*embedding_backward)(RealArray dweight, const floatX* dout, const int32_t* tokens, int BT, int C);
 
     // out (BT, C) = inp / rms(inp) * weight, rms = sqrt(mean(inp^2) + eps); rstd (BT) = 1/rms is kept for backward
     void (*rmsnorm_forward)(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C,
@@ -95,7 +132,7 @@ typedef struct Ops {
     void (*add_rmsnorm_forward)(floatX* sum, floatX* out, float* rstd, const floatX* a, const floatX* b,
                                 const floatX* weight, int BT, int C, float eps);
     // dinp (BT, C) = dresidual (or 0 where NULL) + gradient of inp; may be in place on dresidual. dweight (C) +=
-    void (*rmsnorm_backward)(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual,
+    void (*rmsnorm_backward)(floatX* dinp, RealArray dweight, const floatX* dout, const floatX* dresidual,
                              const floatX* inp, const floatX* weight, const float* rstd, int BT, int C);
 
     // out = a + b, n elements; may be in place on either
@@ -131,13 +168,12 @@ typedef struct Ops {
     int (*quantize_supports)(const QuantSpec* spec);
     void (*gemm)(const GemmArgs* args);
     // x (rows, cols) = H (x * mask) in place: undoes trust mask and rotation of a gradient that lies in rotated space
-    void (*unrotate)(floatX* x, const uint32_t* mask, int rows, int cols);
-    void (*unrotate_f32)(float* x, const uint32_t* mask, int rows, int cols);
+    void (*unrotate)(RealArray x, const uint32_t* mask, int rows, int cols);
 
     // sums, deterministic: the order does not depend on the number of threads. *sum += the losses; *sum = the squares
     // of x
     void (*loss_sum)(double* sum, const float* losses, int n);
-    void (*sum_squares)(double* sum, const float* x, size_t n);
+    void (*sum_squares)(double* sum, RealArray x, size_t n);
     void (*step_decide)(StepControl* control, float grad_clip);
     // one AdamW update with decoupled weight decay (Loshchilov & Hutter 2019)
     void (*adamw)(const AdamwArgs* args);

@@ -22,15 +22,17 @@ static void optimizer_step(Model* model, const Comm* comm, const Config* config)
             end = table->list[p].offset + table->list[p].count;
         }
         AdamwArgs args = {.param = model->params + begin,
-                          .master = model->master + begin,
-                          .m = model->m + begin,
-                          .v = model->v + begin,
-                          .grad = model->grads + begin,
+                          .master = model->master ? model->master + begin : NULL,
+                          .m = real_from(model->m, begin),
+                          .v = real_from(model->v, begin),
+                          .grad = real_from(model->grads, begin),
+                          .first = begin,
                           .count = end - begin,
                           .beta1 = (float)config->beta1,
                           .beta2 = (float)config->beta2,
                           .eps = (float)config->eps,
                           .weight_decay = decay ? (float)config->weight_decay : 0.0f,
+                          .seed = model->linear.seed,
                           .control = model->control};
         ops->adamw(&args);
     }

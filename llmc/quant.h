@@ -39,6 +39,28 @@ typedef struct {
     Source source;  // backward operands of x and w only
 } QuantSpec;
 
+// The base of a carrier's 8-bit operand, in device memory. An element is code * 2^(e - base), e the exponent of its
+// group's scale, rounded to the carrier's format; products owe 2^base. A base is chosen so that the group with the
+// largest e just fits, rounded up to a multiple of 4 octaves, so that it seldom changes from one use to the next: the
+// quantizer writes with the base of the last use and, where that proves wrong, once more. So the bits are a function of
+// the operand alone.
+typedef struct {
+    float scale;      // 2^base; cuBLASLt reads it here, and wants it 16-byte aligned
+    int32_t base;
+    int32_t largest;  // largest e of this use among groups with a code that is not zero; CARRIER_NONE: no such group
+    int32_t under;    // groups, all uses, so far below the largest that their codes are rounded or lost
+} CarrierBase;
+#define CARRIER_NONE INT32_MIN
+#define CARRIER_STEP 4
+
+// highest k with 6 * 2^k in the format, and lowest k at which every e2m1 code times 2^k is exact
+static inline HOST_DEVICE int carrier_top(Format carrier) { return carrier == FORMAT_E4M3 ? 6 : 13; }
+static inline HOST_DEVICE int carrier_bottom(Format carrier) { return carrier == FORMAT_E4M3 ? -8 : -15; }
+static inline HOST_DEVICE int carrier_base(Format carrier, int largest) {
+    int up = largest == CARRIER_NONE ? 0 : (largest + 1024 + CARRIER_STEP - 1) / CARRIER_STEP * CARRIER_STEP - 1024;
+    return up - carrier_top(carrier);
+}
+
 typedef struct {
     Format format;
     int rows, cols;         // cols is K
@@ -48,6 +70,12 @@ typedef struct {
     uint32_t* mask;         // rows * cols / 32 words, or NULL where the rule has no trust mask
     const floatX* dense;    // FLOATX: the tensor that this is a view of
     int transposed;         // FLOATX: dense lies as (cols, rows)
+    // what the instruction multiplies, on backends that do not decode codes themselves; else operand is NULL. Codes,
+    // scales and mask are then written only where they are not NULL.
+    Format carrier;         // E4M3 or E5M2: one byte an element; FLOATX: decoded values
+    void* operand;          // (rows, cols)
+    CarrierBase* base;      // of the whole operand; NULL where every row has its own
+    float* row_scale;       // (rows) 2^base of each row: a factor of the product's rows that its reader owes; or NULL
 } QTensor;
 
 // Sums over the elements of one operand, for telemetry: error = |decoded - rotated input|
@@ -65,6 +93,7 @@ typedef struct {
     uint64_t sign_index;
     uint64_t round_stream;   // 16 bits an element, eight to a Philox call: element/8 + round_index
     uint64_t round_index;
+    const uint64_t* position;  // in device memory, ORed into both streams: micro-batch << 32 | step; or NULL
     QuantStats* stats;       // added to; or NULL
 } QuantizeArgs;
 
@@ -84,7 +113,8 @@ static inline size_t qtensor_bytes(const QuantSpec* spec, int rows, int cols) {
 // Lay a QTensor of that spec over memory of qtensor_bytes. Masks come first: they want 4-byte alignment.
 static inline QTensor qtensor_at(const QuantSpec* spec, int rows, int cols, void* memory) {
     QTensor q = {.format = spec->format, .rows = rows, .cols = cols, .owed = 1.0f, .codes = NULL, .scales = NULL,
-                 .mask = NULL, .dense = NULL, .transposed = 0};
+                 .mask = NULL, .dense = NULL, .transposed = 0, .carrier = FORMAT_FLOATX, .operand = NULL, .base = NULL,
+                 .row_scale = NULL};
     if (spec->format == FORMAT_MXFP4) {
         uint8_t* at = (uint8_t*)memory;
         if (spec->scale == SCALE_QUEST) {
@@ -101,7 +131,8 @@ static inline QTensor qtensor_at(const QuantSpec* spec, int rows, int cols, void
 // A floatX tensor as an operand: (rows, cols), lying as (cols, rows) where transposed
 static inline QTensor qtensor_view(const floatX* tensor, int rows, int cols, int transposed) {
     QTensor q = {.format = FORMAT_FLOATX, .rows = rows, .cols = cols, .owed = 1.0f, .codes = NULL, .scales = NULL,
-                 .mask = NULL, .dense = tensor, .transposed = transposed};
+                 .mask = NULL, .dense = tensor, .transposed = transposed, .carrier = FORMAT_FLOATX, .operand = NULL,
+                 .base = NULL, .row_scale = NULL};
     return q;
 }
 
@@ -113,6 +144,11 @@ static inline float qtensor_decode(const QTensor* q, int row, int col) {
     size_t i = (size_t)row * q->cols + col;
     uint32_t code = (q->codes[i / 2] >> (i % 2 * 4)) & 15u;
     return e2m1_to_f32(code) * ue8m0_to_f32(q->scales[i / GROUP]);
+}
+
+// the streams of a call, with its position
+static HOST_DEVICE inline uint64_t quantize_position(const QuantizeArgs* args) {
+    return args->position ? *args->position : 0;
 }
 
 // The sign word of rotation block b: bit j set means that element j of the block changes its sign

@@ -8,14 +8,6 @@
 #include <assert.h>
 #include "common.h"
 
-#ifndef HOST_DEVICE
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
-#else
-#define HOST_DEVICE
-#endif
-#endif
-
 typedef struct {
     uint32_t w[4];
 } Philox;
@@ -46,6 +38,7 @@ enum RandPurpose {
     RAND_SIGNS = 2,     // signs of the randomized Hadamard transform
     RAND_ROUND = 3,     // stochastic rounding
     RAND_SAMPLE = 4,    // text generation
+    RAND_UPDATE = 5,    // stochastic rounding of weights and optimizer state
 };
 
 // purpose 4 bits | a 12 bits | b 16 bits | c 32 bits. The parameters are wider than their fields so that an argument

@@ -7,16 +7,15 @@
 #include "schedule.h"
 #include <sys/file.h>
 
-// largest micro-batch that is chosen on its own, in tokens
-#define AUTO_MICRO_TOKENS 8192
-
 typedef struct {
     Config config;
     ModelConfig model_config;
     const Recipe* recipe;
     Comm comm;
     int B, T;                  // rows and length of a micro-batch
+    int64_t rows;              // samples of a step on each rank
     int64_t accumulation;      // micro-batches of a step on each rank
+    TrainingMemory training;
     int64_t samples_per_step;  // over all ranks
     char* tokenizer_path;      // NULL: none
     Tokenizer* tokenizer;      // NULL: samples are printed as ids
@@ -46,32 +45,18 @@ static void run_resolve_batch(Run* run) {
         "--batch-tokens %lld is not a multiple of --seq-len %lld x %lld ranks; %lld and %lld are the nearest that fit",
         (long long)tokens, (long long)T, (long long)ranks, (long long)max_i64(1, tokens / (T * ranks)) * T * ranks,
         (long long)(tokens / (T * ranks) + 1) * T * ranks);
-    int64_t rows = tokens / T / ranks;
-    if (c->batch_size == AUTO_INT) {
-        int64_t B = 1;
-        for (int64_t d = 1; d <= rows && d * T <= AUTO_MICRO_TOKENS; d++) {
-            B = rows % d == 0 ? d : B;
-        }
-        c->batch_size = B;
-    }
-    char fits[256];
-    divisors_text(fits, sizeof fits, rows);
-    check_or(c->batch_size > 0 && rows % c->batch_size == 0, EXIT_USAGE,
-             "--batch-size %lld does not divide the %lld rows a rank has in a step (--batch-tokens %lld / --seq-len "
-             "%lld / %lld "
-             "ranks); these fit: %s",
-             (long long)c->batch_size, (long long)rows, (long long)tokens, (long long)T, (long long)ranks, fits);
-    check_or(c->batch_size * T < INT32_MAX, EXIT_USAGE,
-             "--batch-size %lld x --seq-len %lld is beyond 2^31 tokens a micro-batch", (long long)c->batch_size,
-             (long long)T);
-    run->B = (int)c->batch_size;
+    run->rows = tokens / T / ranks;
     run->T = (int)T;
-    run->accumulation = rows / c->batch_size;
-    check_or(
-        run->accumulation * ranks < 65536, EXIT_USAGE,
-        "%lld micro-batches a step are more than the 65535 that random streams are numbered for; raise --batch-size",
-        (long long)(run->accumulation * ranks));
     run->samples_per_step = tokens / T;
+    int64_t B = c->batch_size;
+    char fits[256];
+    divisors_text(fits, sizeof fits, run->rows);
+    check_or(B == AUTO_INT || (B > 0 && run->rows % B == 0), EXIT_USAGE,
+             "--batch-size %lld does not divide the %lld rows a rank has in a step (--batch-tokens %lld / --seq-len "
+             "%lld / %lld ranks); these fit: %s",
+             (long long)B, (long long)run->rows, (long long)tokens, (long long)T, (long long)ranks, fits);
+    check_or(B == AUTO_INT || B * T < INT32_MAX, EXIT_USAGE,
+             "--batch-size %lld x --seq-len %lld is beyond 2^31 tokens a micro-batch", (long long)B, (long long)T);
 }
 
 static void run_resolve_length(Run* run) {
@@ -92,6 +77,16 @@ static void run_resolve_length(Run* run) {
     if (c->warmup_steps == AUTO_INT) {
         c->warmup_steps = c->steps / 10;
     }
+}
+
+static void run_resolve_training(Run* run) {
+    const Config* c = &run->config;
+    int lean = !strcmp(c->adam_dtype, "bf16"), narrow = !strcmp(c->grad_dtype, "bf16");
+    check_or(sizeof(floatX) == 2 || (!lean && !narrow), EXIT_USAGE,
+             "--adam-dtype bf16 and --grad-dtype bf16 need the build of make PRECISION=BF16; this one computes in f32");
+    run->training.grad_type = narrow ? REAL_FLOATX : REAL_F32;
+    run->training.moment_type = lean ? REAL_FLOATX : REAL_F32;
+    run->training.has_master = !lean;
 }
 
 static void run_check_ranges(const Config* c) {
@@ -116,7 +111,7 @@ static void run_check_ranges(const Config* c) {
              "--threads %lld is out of range", (long long)c->threads);
 }
 
-// Every automatic choice that needs no data. `--out auto` becomes runs/MODEL-RECIPE.
+// Every automatic choice that needs neither data nor device. `--out auto` becomes runs/MODEL-RECIPE.
 static void run_resolve(Run* run) {
     Config* c = &run->config;
     run->model_config = model_config_resolve(c);
@@ -124,11 +119,122 @@ static void run_resolve(Run* run) {
     check(run->recipe, "internal: --recipe %s is not in the table", c->recipe);
     run_check_ranges(c);
     run_resolve_batch(run);
+    run_resolve_training(run);
     run_resolve_length(run);
     if (is_auto_text(c->out)) {
         c->out = format_string("runs/%s-%s", run->model_config.name, c->recipe);
     }
     run->out = strdup_or_die(c->out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// what fits: micro-batch and recomputation
+
+// bytes on the device that the run allocates
+static size_t run_memory(const Run* run, const Ops* ops, int B, TrainingMemory training) {
+    Model model;
+    model_prepare(&model, ops, &run->model_config, run->recipe, training, B, run->T);
+    size_t bytes = ops->scratch_bytes(model_largest_operands(&model), attention_shape(&model, B, run->T), 1);
+    for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
+        bytes += model.memory_bytes[kind];
+    }
+    model_free_tables(&model);
+    return bytes;
+}
+
+static int run_fits(const Run* run, const Ops* ops, int64_t B, TrainingMemory training, size_t room) {
+    int whole = run->recipe->x.format == FORMAT_FLOATX || B * run->T % GROUP == 0;
+    return whole && (room == 0 || run_memory(run, ops, (int)B, training) <= room);
+}
+
+// the largest micro-batch of at most `most` rows that divides the step's and fits, or 0
+static int64_t run_largest_batch(const Run* run, const Ops* ops, int64_t most, TrainingMemory training, size_t room) {
+    for (int64_t B = min_i64(most, run->rows); B > 0; B--) {
+        if (run->rows % B == 0 && run_fits(run, ops, B, training, room)) {
+            return B;
+        }
+    }
+    return 0;
+}
+
+static void advice_add(char* text, size_t bytes, int64_t B, TrainingMemory training) {
+    size_t used = strlen(text);
+    snprintf(text + used, bytes - used, "%s--batch-size %lld --recompute %s%s%s", used ? "; " : "", (long long)B,
+             RECOMPUTE_NAMES[training.recompute], training.has_master ? "" : " --adam-dtype bf16",
+             training.grad_type == REAL_F32 ? "" : " --grad-dtype bf16");
+}
+
+// what would fit, the nearest to the request first; empty where nothing does
+static void run_advise(const Run* run, const Ops* ops, int64_t wanted, size_t room, char* text, size_t bytes) {
+    text[0] = 0;
+    for (int lean = 0; lean < 3 && !text[0]; lean++) {
+        TrainingMemory training = run->training;
+        training.has_master = training.has_master && lean < 1;
+        training.moment_type = lean < 1 ? training.moment_type : REAL_FLOATX;
+        training.grad_type = lean < 2 ? training.grad_type : REAL_FLOATX;
+        int64_t last = 0;
+        for (int level = 0; level < RECOMPUTE_LEVELS && last < wanted; level++) {
+            training.recompute = (Recompute)level;
+            int64_t B = run_largest_batch(run, ops, wanted, training, room);
+            if (B > last) {
+                advice_add(text, bytes, B, training);
+                last = B;
+            }
+        }
+    }
+}
+
+[[noreturn]] static void die_does_not_fit(const Run* run, const Ops* ops, int64_t B, size_t available, size_t room) {
+    char fits[512];
+    run_advise(run, ops, B, room, fits, sizeof fits);
+    die(EXIT_NO_MEMORY,
+        "out of memory: --model %s with --batch-size %lld --recompute %s needs %.1f GiB, %.1f GiB are free on device "
+        "%s; "
+        "%s%s (--plan lists what takes it)",
+        run->model_config.name, (long long)B, RECOMPUTE_NAMES[run->training.recompute],
+        (double)run_memory(run, ops, (int)B, run->training) / 1073741824.0, (double)available / 1073741824.0, ops->name,
+        fits[0] ? "this fits: " : "no setting of this model fits", fits);
+}
+
+// Micro-batch and recomputation, as asked or the best that fits: the least recomputation that leaves a micro-batch of a
+// quarter of what keeps the device busy. Where nothing fits: exit 71 and what would; --plan goes on.
+static void run_fit(Run* run, const Ops* ops) {
+    Config* c = &run->config;
+    int any_batch = c->batch_size == AUTO_INT, any_level = is_auto_text(c->recompute);
+    size_t available = ops->available_bytes(), room = available / 100 * 98;
+    int64_t most = any_batch ? max_i64(1, (int64_t)ops->micro_tokens / run->T) : c->batch_size;
+    int64_t least = any_batch ? 1 : c->batch_size;
+    int64_t enough = min_i64(run_largest_batch(run, ops, most, run->training, 0),
+                             max_i64(least, (int64_t)ops->micro_tokens / 4 / run->T));
+    TrainingMemory training = run->training;
+    int64_t best = 0;
+    for (int level = 0; level < RECOMPUTE_LEVELS && (best == 0 || best < enough); level++) {
+        training.recompute = (Recompute)level;
+        if (any_level || !strcmp(c->recompute, RECOMPUTE_NAMES[level])) {
+            int64_t B = run_largest_batch(run, ops, most, training, room);
+            if (B >= least && B > best) {
+                best = B;
+                run->training.recompute = training.recompute;
+            }
+        }
+    }
+    if (best == 0) {
+        best = any_batch ? 1 : c->batch_size;
+        while (!any_level && strcmp(c->recompute, RECOMPUTE_NAMES[run->training.recompute])) {
+            run->training.recompute = (Recompute)(run->training.recompute + 1);
+        }
+        if (room > 0 && !c->plan) {
+            die_does_not_fit(run, ops, best, available, room);
+        }
+    }
+    c->batch_size = best;
+    c->recompute = RECOMPUTE_NAMES[run->training.recompute];
+    run->B = (int)best;
+    run->accumulation = run->rows / best;
+    check_or(run->accumulation * run->comm.size < 65536, EXIT_USAGE,
+             "%lld micro-batches a step are more than the 65535 that random streams are numbered for; raise "
+             "--batch-size",
+             (long long)(run->accumulation * run->comm.size));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -210,8 +316,9 @@ static void run_set_aside(const Run* run, int64_t from) {
 // options that a resumed run must not change: data position and random numbers hang on them; others are reported
 static void run_compare_options(const Run* run, const Json* state) {
     static const int fixed[] = {ID_seq_len, ID_batch_tokens, ID_seed};
-    static const int silent[] = {ID_out,    ID_resume, ID_model,  ID_train_data, ID_val_data, ID_max_minutes,
-                                 ID_config, ID_keep,   ID_prompt, ID_tokenizer,  ID_threads};
+    static const int silent[] = {ID_out,         ID_resume,    ID_model, ID_train_data, ID_val_data,
+                                 ID_max_minutes, ID_config,    ID_keep,  ID_prompt,     ID_tokenizer,
+                                 ID_threads,     ID_recompute, ID_graphs};
     const Json* options = json_get(state, "options");
     for (int id = 0; id < KNOB_COUNT_ALL; id++) {
         const char* before = NULL;
@@ -284,16 +391,21 @@ static void run_find_tokenizer(Run* run, const Dataset* train, const char* check
 static void run_print_plan(const Run* run, const Model* model, int threads) {
     const double MiB = 1048576.0;
     size_t total = 0;
-    printf("memory per rank, %s, micro-batch %d x %d tokens:\n", model->ops->name, run->B, run->T);
+    printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --adam-dtype %s, --grad-dtype %s:\n",
+           model->ops->name, run->B, run->T, run->config.recompute, run->config.adam_dtype, run->config.grad_dtype);
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
         printf("  %-32s %10.1f MiB\n", MEMORY_NAMES[kind], (double)model->memory_bytes[kind] / MiB);
         total += model->memory_bytes[kind];
     }
     size_t scratch =
         model->ops->scratch_bytes(model_largest_operands(model), attention_shape(model, run->B, run->T), threads);
-    size_t ahead = 4 * 2 * sizeof(int32_t) * (size_t)run->B * run->T;
     size_t program = model->ops->program_bytes(threads);
-    printf("  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n", "backend scratch", (double)scratch / MiB,
-           "batches read ahead", (double)ahead / MiB, "program and libraries", (double)program / MiB);
-    printf("  %-32s %10.1f MiB\n", "total", (double)(total + scratch + ahead + program) / MiB);
+    printf("  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n", "backend scratch", (double)scratch / MiB,
+           "program and libraries", (double)program / MiB);
+    printf("  %-32s %10.1f MiB\n", "total", (double)(total + scratch + program) / MiB);
+    size_t available = model->ops->available_bytes(), needed = total + scratch;
+    if (available > 0) {
+        printf("  %-32s %10.1f MiB%s\n", "free now", (double)available / MiB,
+               needed > available ? ": this does not fit" : "");
+    }
 }

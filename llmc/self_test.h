@@ -35,7 +35,7 @@ static int self_test_case(const Ops* ops, const SelfTestCase* test, const floatX
                          .sign_stream = rand_stream(RAND_SIGNS, 1, 2, 3),
                          .sign_index = 1ull << 56,
                          .round_stream = rand_stream(RAND_ROUND, 1, 2, 3),
-                         .round_index = 2ull << 56,
+                         .round_index = 2ull << 56, .position = NULL,
                          .stats = NULL};
     ops->quantize(&args);
     ops->copy_to_host(host, device, bytes);
@@ -68,11 +68,11 @@ static int self_test_gemm(const Ops* ops, const QuantSpec* spec, const floatX* i
                          .sign_stream = 0,
                          .sign_index = 0,
                          .round_stream = 0,
-                         .round_index = 0,
+                         .round_index = 0, .position = NULL,
                          .stats = NULL};
     ops->quantize(&args);
     ops->copy_to_host(host, device, bytes);
-    GemmArgs gemm = {.out = out, .out_type = OUT_F32, .accumulate = 0, .a = &q, .b = &q, .alpha = 1.0f};
+    GemmArgs gemm = {.out = real_f32(out), .accumulate = 0, .a = &q, .b = &q, .alpha = 1.0f};
     ops->gemm(&gemm);
     ops->copy_to_host(result, out, sizeof(float) * M * M);
     double error = 0.0, size = 0.0;

@@ -22,7 +22,7 @@ static void cuda_model_make(Model* model, const Ops* ops, int HS, int tied) {
     ModelConfig m = {.name = "test", .L = 2, .C = 4 * HS, .NH = 4, .NKV = 2, .HS = HS, .F = 11 * HS, .V = 320,
                      .tied = tied, .max_positions = MODEL_T, .rope_theta = 1e4, .rms_eps = 1e-5, .rope_factor = 0,
                      .rope_low = 0, .rope_high = 0, .rope_original = 0};
-    model_prepare(model, ops, &m, recipe_find("bf16"), MODEL_B, MODEL_T);
+    model_prepare(model, ops, &m, recipe_find("bf16"), MEMORY_EXACT, MODEL_B, MODEL_T);
     model->linear.option_rounding = ROUND_NEAREST;
     model_allocate(model);
 }
@@ -48,16 +48,16 @@ static char* model_state_get(const Model* model) {
     size_t N = model->table.elements * sizeof(float);
     char* state = (char*)malloc_or_die(model_state_bytes(model), "test");
     model->ops->copy_to_host(state, model->master, N);
-    model->ops->copy_to_host(state + N, model->m, N);
-    model->ops->copy_to_host(state + 2 * N, model->v, N);
+    model->ops->copy_to_host(state + N, model->m.data, N);
+    model->ops->copy_to_host(state + 2 * N, model->v.data, N);
     model->ops->copy_to_host(state + 3 * N, model->params, model->table.elements * X_BYTES);
     return state;
 }
 static void model_state_set(Model* model, const char* state) {
     size_t N = model->table.elements * sizeof(float);
     model->ops->copy_to_device(model->master, state, N);
-    model->ops->copy_to_device(model->m, state + N, N);
-    model->ops->copy_to_device(model->v, state + 2 * N, N);
+    model->ops->copy_to_device(model->m.data, state + N, N);
+    model->ops->copy_to_device(model->v.data, state + 2 * N, N);
     model->ops->copy_to_device(model->params, state + 3 * N, model->table.elements * X_BYTES);
     model->ops->synchronize();
     model->weights_quantized = 0;
@@ -118,7 +118,7 @@ static float* model_gradients(Model* model, double* loss) {
     model_finish_gradients(model);
     *loss = model_read_control(model).loss_sum / (MODEL_B * MODEL_T);
     float* grads = (float*)malloc_or_die(model->table.elements * sizeof(float), "test");
-    model->ops->copy_to_host(grads, model->grads, model->table.elements * sizeof(float));
+    model->ops->copy_to_host(grads, model->grads.data, model->table.elements * sizeof(float));
     return grads;
 }
 

@@ -43,7 +43,7 @@ static void gemm_want(float* want, double* error, const float* start, const QTen
     size_t n = (size_t)a->rows * b->rows;
     double *lengths_a = operand_lengths(a), *lengths_b = operand_lengths(b), K = a->cols;
     memcpy(want, start, n * sizeof(float));
-    GemmArgs args = {.out = want, .out_type = OUT_F32, .accumulate = accumulate, .a = a, .b = b, .alpha = 0.75f};
+    GemmArgs args = {.out = real_f32(want), .accumulate = accumulate, .a = a, .b = b, .alpha = 0.75f};
     CPU_OPS.gemm(&args);
     for (size_t i = 0; i < n; i++) {
         double terms = 0.75 * lengths_a[i / b->rows] * lengths_b[i % b->rows] / sqrt(K);  // root of their squares' sum
@@ -297,7 +297,7 @@ static void cuda_test_nan_products(const floatX* x, const floatX* clean, size_t 
     for (int run = 0; run < 2; run++) {
         CUDA_OPS.copy_to_device(logits.at[run], copy, n * X_BYTES);
         CUDA_OPS.crossentropy(output_f(&losses, run), output_x(&logits, run), dtargets, BT, C, 1.0f, 1);
-        GemmArgs args = {.out = product.at[run], .out_type = OUT_FLOATX, .accumulate = 0, .a = &a, .b = &b,
+        GemmArgs args = {.out = real_floatX(product.at[run]), .accumulate = 0, .a = &a, .b = &b,
                          .alpha = 1.0f};
         CUDA_OPS.gemm(&args);
         CUDA_OPS.sum_squares((double*)squares.at[run], dwide, n);

@@ -11,7 +11,7 @@ static void export_logits(Model* model, const int32_t* tokens, int B, int T, con
     float* logits = (float*)malloc_or_die(sizeof(float) * (size_t)BT * m->V, "logits");
     QTensor x = qtensor_view(model->final_norm, BT, m->C, 0);
     QTensor head = qtensor_view(model_weight(model, m->tied ? P_EMBED : P_HEAD, -1), m->V, m->C, 0);
-    GemmArgs gemm = {.out = raw, .out_type = OUT_FLOATX, .accumulate = 0, .a = &x, .b = &head, .alpha = 1.0f};
+    GemmArgs gemm = {.out = real_floatX(raw), .accumulate = 0, .a = &x, .b = &head, .alpha = 1.0f};
     model->ops->gemm(&gemm);
     for (size_t i = 0; i < (size_t)BT * m->V; i++) {
         logits[i] = floatX_to_f32(raw[i]);
@@ -47,7 +47,7 @@ static int export_checkpoint(const char* out, int scaled_rope) {
                      .rope_high = 4.0,
                      .rope_original = 32};
     Model model;
-    model_prepare(&model, cpu_backend(), &m, recipe_find("bf16"), 2, 96);
+    model_prepare(&model, cpu_backend(), &m, recipe_find("bf16"), MEMORY_EXACT, 2, 96);
     model_allocate(&model);
     model_init_weights(&model, 42);
     for (size_t i = 0; i < model.table.elements;

@@ -280,11 +280,11 @@ static void test_ops_gemm(TestOperand kind_a, TestOperand kind_b, int M, int N, 
     const float alpha = 0.75f;
     double owed = (kind_a == TEST_OPERAND_MXFP4 ? 4.0 / 3.0 : 1.0) * (kind_b == TEST_OPERAND_MXFP4 ? 4.0 / 3.0 : 1.0);
     product_f64(want, error, da, db, M, N, K, (double)alpha * owed);
-    GemmArgs args = {.out = out, .out_type = OUT_FLOATX, .accumulate = 0, .a = &a, .b = &b, .alpha = alpha};
+    GemmArgs args = {.out = real_floatX(out), .accumulate = 0, .a = &a, .b = &b, .alpha = alpha};
     CPU_OPS.gemm(&args);
-    args.out = out32, args.out_type = OUT_F32;
+    args.out = real_f32(out32);
     CPU_OPS.gemm(&args);
-    args.out = sum32, args.accumulate = 1;
+    args.out = real_f32(sum32), args.accumulate = 1;
     CPU_OPS.gemm(&args);
     Near near[3] = {near_floatX(out, n), near_f32(out32, n), near_f32(sum32, n)}, wrong = near_f32(out32, n);
     for (size_t i = 0; i < n; i++) {
@@ -329,7 +329,7 @@ static double gradient_loss(Model* model, const int32_t* inputs, const int32_t* 
 static double gradient_move(Model* model, const Param* param, const double* direction, double h, const int32_t* inputs,
                             const int32_t* targets, double* predicted) {
     float *w = model->params + param->offset, *saved = (float*)malloc_or_die(param->count * sizeof(float), "test");
-    const float* grad = model->grads + param->offset;
+    const float* grad = (const float*)model->grads.data + param->offset;
     double difference = 0.0;
     memcpy(saved, w, param->count * sizeof(float));
     *predicted = 0.0;
@@ -347,7 +347,7 @@ static double gradient_move(Model* model, const Param* param, const double* dire
 
 static void test_gradient_tensor(Model* model, const Param* param, const int32_t* inputs, const int32_t* targets) {
     double *direction = test_zeros(param->count), length = 0.0, along = 0.0;
-    const float* grad = model->grads + param->offset;
+    const float* grad = (const float*)model->grads.data + param->offset;
     uint64_t state = param->offset;
     for (size_t i = 0; i < param->count; i++) {
         length += (double)grad[i] * (double)grad[i];
@@ -379,7 +379,7 @@ static void test_gradient_model(int tied) {
                      .rope_high = 4, .rope_original = 16};
     Model model;
     int32_t inputs[32], targets[32];
-    model_prepare(&model, &CPU_OPS, &m, recipe_find("bf16"), 2, 16);
+    model_prepare(&model, &CPU_OPS, &m, recipe_find("bf16"), MEMORY_EXACT, 2, 16);
     model_allocate(&model);
     model_init_weights(&model, 5);
     uint64_t state = 11;

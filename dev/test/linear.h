@@ -106,13 +106,13 @@ static void golden_backward(const SafetensorsFile* file, const char* raw_name, c
     double *value = test_zeros(n), *error = test_zeros(n), *da = test_decoded(a), *db = test_decoded(b);
     QTensor raw_a = *a, raw_b = *b;
     raw_a.owed = raw_b.owed = 1.0f;
-    GemmArgs raw = {.out = out, .out_type = OUT_F32, .accumulate = 0, .a = &raw_a, .b = &raw_b, .alpha = 1.0f};
+    GemmArgs raw = {.out = real_f32(out), .accumulate = 0, .a = &raw_a, .b = &raw_b, .alpha = 1.0f};
     product_f64(value, error, da, db, a->rows, b->rows, a->cols, 1.0);
     CPU_OPS.gemm(&raw);
     golden_expect_product(file, raw_name, out, error, n);
-    GemmArgs owed = {.out = out, .out_type = OUT_F32, .accumulate = 0, .a = a, .b = b, .alpha = 1.0f};
+    GemmArgs owed = {.out = real_f32(out), .accumulate = 0, .a = a, .b = b, .alpha = 1.0f};
     CPU_OPS.gemm(&owed);
-    CPU_OPS.unrotate_f32(out, mask, a->rows, b->rows);
+    CPU_OPS.unrotate(real_f32(out), mask, a->rows, b->rows);
     for (size_t i = 0; i < n; i++) {
         value[i] *= 16.0 / 9.0;
         error[i] *= 16.0 / 9.0;
@@ -156,7 +156,7 @@ static void test_linear_golden(void) {
     golden_expect_operand(&file, "wq", "linear.w_mask", &w);
     double *dx = test_decoded(&x), *dw = test_decoded(&w), *y = test_zeros(BT * OC), *error = test_zeros(BT * OC);
     float out[64 * 64], xf[64 * 96], wf[64 * 96];
-    GemmArgs forward = {.out = out, .out_type = OUT_F32, .accumulate = 0, .a = &x, .b = &w, .alpha = 1.0f};
+    GemmArgs forward = {.out = real_f32(out), .accumulate = 0, .a = &x, .b = &w, .alpha = 1.0f};
     CPU_OPS.gemm(&forward);
     product_f64(y, error, dx, dw, BT, OC, C, 1.0);
     golden_expect_product(&file, "linear.y", out, error, (size_t)BT * OC);
@@ -198,6 +198,9 @@ typedef struct {
     void *w_memory, *x_memory;
 } LinearCase;
 
+#define TEST_STEP 17ull
+static const uint64_t TEST_POSITION = TEST_STEP;
+
 static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int C, int OC) {
     LinearCase c = {};
     c.BT = BT, c.C = C, c.OC = OC;
@@ -213,7 +216,7 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     c.ctx.recipe = r;
     c.ctx.option_rounding = rounding;
     c.ctx.seed = 4321;
-    c.ctx.step = 17;
+    c.ctx.position = &TEST_POSITION;
     c.ctx.operand_a = malloc_or_die(scratch, "test");
     c.ctx.operand_b = malloc_or_die(scratch, "test");
     c.linear.kind = LINEAR_GATE_UP;
@@ -221,7 +224,7 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     c.linear.C = C;
     c.linear.OC = OC;
     c.linear.weight = c.w;
-    c.linear.dweight = c.dw;
+    c.linear.dweight = real_f32(c.dw);
     c.w_memory = malloc_or_die(qtensor_bytes(&r->w, OC, C), "test");
     c.x_memory = malloc_or_die(qtensor_bytes(&r->x, BT, C), "test");
     linear_quantize_weight(&c.ctx, &c.linear, c.w_memory);
@@ -241,7 +244,7 @@ static void linear_case_free(LinearCase* c) {
 static double* composed_operand(const LinearCase* c, int id, int rows, int cols, const double* x, int transposed) {
     const QuantSpec spec = TEST_ABSMAX(ROTATE_SIGNED, c->ctx.option_rounding);
     size_t n = (size_t)rows * cols;
-    uint64_t place = (uint64_t)c->linear.layer << 48 | (uint64_t)c->ctx.micro << 32 | (uint64_t)c->ctx.step;
+    uint64_t place = (uint64_t)c->linear.layer << 48 | *c->ctx.position;
     uint64_t sign_at = (uint64_t)(c->linear.kind * 8 + id / 2) << 56,
         round_at = (uint64_t)(c->linear.kind * 8 + id) << 56;
     uint32_t* signs = (uint32_t*)malloc_or_die((size_t)cols / GROUP * sizeof(uint32_t), "test");
@@ -302,7 +305,8 @@ static void test_linear_quartet(Rounding rounding, int BT, int C, int OC) {
     near_want_all(&near, y, y_error);
     near_expect(&near, "quartet %s y, %d %d %d", name, BT, C, OC);
     for (int micro = 0; micro < 2; micro++) {
-        c.ctx.micro = micro;
+        uint64_t position = (uint64_t)micro << 32 | TEST_STEP;
+        c.ctx.position = &position;
         linear_backward(&c.ctx, &c.linear, c.dx, c.dy, &c.saved, BT);
         composed_backward(&c, dx, dx_error, dw, dw_error, x, w, dy);
     }
@@ -316,7 +320,8 @@ static void test_linear_quartet(Rounding rounding, int BT, int C, int OC) {
     near_want_all(&near, dw, dw_error);
     near_expect(&near, "quartet %s dw, %d %d %d", name, BT, C, OC);
     // planted: the composition with the signs of another micro-batch
-    c.ctx.micro = 2;
+    const uint64_t elsewhere = 2ull << 32 | TEST_STEP;
+    c.ctx.position = &elsewhere;
     composed_backward(&c, dx, dx_error, dw, dw_error, x, w, dy);
     unrotate_f64(dx, dx_error, xq.mask, nx);
     near = near_floatX(c.dx, nx);
@@ -369,8 +374,8 @@ static void test_linear_fresh_signs(void) {
         LinearContext ctx = c.ctx;
         Linear linear = c.linear;
         ctx.seed += change == 1;
-        ctx.step += change == 2;
-        ctx.micro += change == 3;
+        uint64_t position = *c.ctx.position + (change == 2) + ((uint64_t)(change == 3) << 32);
+        ctx.position = &position;
         linear.layer += change == 4;
         linear.kind = change == 5 ? LINEAR_DOWN : linear.kind;
         OperandId id = change == 6 ? OPERAND_DYT : OPERAND_DY;
@@ -389,7 +394,7 @@ static void test_linear_fresh_signs(void) {
 
 #define UNBIASED_SEEDS 10000
 
-static void unrotate_nothing(floatX*, const uint32_t*, int, int) {}
+static void unrotate_nothing(RealArray, const uint32_t*, int, int) {}
 
 typedef struct { size_t n, beyond4, beyond6; double mean_square; } Deviations;
 

@@ -51,7 +51,7 @@ static Model llama_model(const SafetensorsFile* file, const char* config_prefix,
                          int scaled) {
     ModelConfig m = llama_config(file, config_prefix, scaled);
     Model model;
-    model_prepare(&model, &CPU_OPS, &m, recipe_find("bf16"), (int)llama_number(file, config_prefix, "B"),
+    model_prepare(&model, &CPU_OPS, &m, recipe_find("bf16"), MEMORY_EXACT, (int)llama_number(file, config_prefix, "B"),
                   m.max_positions);
     model_allocate(&model);
     for (int p = 0; p < model.table.count; p++) {
@@ -89,7 +89,7 @@ static void llama_expect_gradients(const SafetensorsFile* file, const Model* mod
         for (size_t i = 0; i < param->count; i++) {
             squares += (double)want[i] * (double)want[i] / (double)param->count;
         }
-        Near near = near_f32(model->grads + param->offset, param->count);
+        Near near = near_f32((float*)model->grads.data + param->offset, param->count);
         for (size_t i = 0; i < param->count; i++) {
             near_want(&near, i, (double)want[i], sqrt(squares), roundings);
         }
@@ -134,7 +134,7 @@ static LlamaRun llama_train(const SafetensorsFile* file, double peak, double bet
     int rounded = 1;
     for (int p = 0; p < model.table.count; p++) {
         const Param* param = &model.table.list[p];
-        CPU_OPS.sum_squares(&run.final_norms[p], model.master + param->offset, param->count);
+        CPU_OPS.sum_squares(&run.final_norms[p], real_f32(model.master + param->offset), param->count);
         run.final_norms[p] = sqrt(run.final_norms[p]);
         rounded &= !memcmp(model.master + param->offset, model.params + param->offset, param->count * sizeof(float));
     }

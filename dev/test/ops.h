@@ -30,7 +30,7 @@ static void test_ops_embedding(int BT, int V, int C) {
         dweight[i] = want[i] = (float)i * 0.01f;  // += is part of the contract
         size[i] = want[i] * want[i];
     }
-    CPU_OPS.embedding_backward(dweight, dout, tokens, BT, C);
+    CPU_OPS.embedding_backward(real_f32(dweight), dout, tokens, BT, C);
     for (int i = 0; i < BT * C; i++) {
         size_t at = (size_t)tokens[i / C] * C + i % C;
         want[at] += (double)floatX_to_f32(dout[i]);
@@ -140,7 +140,7 @@ static void test_ops_rmsnorm(int BT, int C, double scale) {
         dw[0] = 0.25f;
         memset(dw + 1, 0, (C - 1) * sizeof(float));
         double* residual = test_double(res, n);
-        CPU_OPS.rmsnorm_backward(dx, dw, dy, with ? res : NULL, x, x + n, rstd, BT, C);
+        CPU_OPS.rmsnorm_backward(dx, real_f32(dw), dy, with ? res : NULL, x, x + n, rstd, BT, C);
         near = near_floatX(dx, n);
         for (size_t i = 0; i < n; i++) {
             double add = with ? residual[i] : 0.0;
@@ -339,13 +339,13 @@ static void test_ops_unrotate(int rows, int cols) {
             x32[i] = floatX_to_f32(x[i]);
         }
         unrotate_f64(want, error, with_mask ? mask : NULL, n);
-        CPU_OPS.unrotate(x, with_mask ? mask : NULL, rows, cols);
-        CPU_OPS.unrotate_f32(x32, with_mask ? mask : NULL, rows, cols);
+        CPU_OPS.unrotate(real_floatX(x), with_mask ? mask : NULL, rows, cols);
+        CPU_OPS.unrotate(real_f32(x32), with_mask ? mask : NULL, rows, cols);
         Near near = near_floatX(x, n), near32 = near_f32(x32, n);
         near_want_all(&near, want, error);
         near_want_all(&near32, want, error);
         near_expect(&near, "unrotate, mask %d, %d x %d", with_mask, rows, cols);
-        near_expect(&near32, "unrotate_f32, mask %d, %d x %d", with_mask, rows, cols);
+        near_expect(&near32, "unrotate f32, mask %d, %d x %d", with_mask, rows, cols);
         test_free(want, error);
     }
     test_free(x, x32, mask);
@@ -378,7 +378,7 @@ static void test_ops_nan(void) {
         expect(has_nan(y + row * C, C), "embedding loses a NaN");
         CPU_OPS.rmsnorm_forward(y, sums, x, clean, BT, C, 1e-5f);
         expect(has_nan(y + row * C, C), "rmsnorm loses a NaN");
-        CPU_OPS.rmsnorm_backward(y, sums, x, NULL, clean, clean, stats, BT, C);
+        CPU_OPS.rmsnorm_backward(y, real_f32(sums), x, NULL, clean, clean, stats, BT, C);
         expect(has_nan(y + row * C, C) && isnan(sums[i % C]), "rmsnorm backward loses a NaN");
         CPU_OPS.add(y, x, clean, n);
         expect(has_nan(y + i, 1), "add loses a NaN");
@@ -403,22 +403,23 @@ static void test_ops_nan(void) {
                                    TEST_ABSMAX(ROTATE_SIGNED, ROUND_STOCHASTIC)};
         for (int k = 0; k < 3; k++) {
             QTensor a = quantize_op(&specs[k], BT, C, x, 0, 1), b = quantize_op(&specs[k], BT, C, clean, 0, 1);
-            GemmArgs args = {.out = y, .out_type = OUT_FLOATX, .accumulate = 0, .a = &a, .b = &b, .alpha = 1.0f};
+            GemmArgs args = {.out = real_floatX(y), .accumulate = 0, .a = &a, .b = &b, .alpha = 1.0f};
             CPU_OPS.gemm(&args);
             expect(has_nan(y + row * BT, BT), "quantization and product lose a NaN");
             test_qtensor_free(&a);
             test_qtensor_free(&b);
         }
         memcpy(y, x, n * sizeof(floatX));
-        CPU_OPS.unrotate(y, NULL, BT, C);
+        CPU_OPS.unrotate(real_floatX(y), NULL, BT, C);
         expect(has_nan(y + i / GROUP * GROUP, GROUP), "unrotate loses a NaN");
         sums[0] = NAN;
         StepControl control = test_control(1.0f, 0.9, 0.9, 1);
-        AdamwArgs adamw = {.param = y, .master = weights, .m = zeros, .v = zeros, .grad = sums, .count = 1, .beta1 = 0.9f,
-                           .beta2 = 0.9f, .eps = 1.0f, .weight_decay = 0.0f, .control = &control};
+        AdamwArgs adamw = {.param = y, .master = weights, .m = real_f32(zeros), .v = real_f32(zeros),
+                           .grad = real_f32(sums), .first = 0, .count = 1, .beta1 = 0.9f, .beta2 = 0.9f, .eps = 1.0f,
+                           .weight_decay = 0.0f, .seed = 1, .control = &control};
         CPU_OPS.adamw(&adamw);
         double squares;
-        CPU_OPS.sum_squares(&squares, sums, 256);
+        CPU_OPS.sum_squares(&squares, real_f32(sums), 256);
         expect(isnan(squares) && isnan(weights[0]) && has_nan(y, 1),
                "adamw or sum_squares lose a NaN");
         weights[0] = zeros[0] = 0.0f;
@@ -436,9 +437,9 @@ static size_t threaded_results(uint8_t* out, const floatX* x, size_t n, const fl
     float *stats = (float*)calloc_or_die(n * sizeof(float), "test"),
         *sums = (float*)calloc_or_die(n * sizeof(float), "test");
     double squares;
-    CPU_OPS.sum_squares(&squares, x32, n);
+    CPU_OPS.sum_squares(&squares, real_f32((float*)x32), n);
     CPU_OPS.rmsnorm_forward(y, stats, x, x, rows, C, 1e-5f);
-    CPU_OPS.rmsnorm_backward(y2, sums, y, x, x, x, stats, rows, C);
+    CPU_OPS.rmsnorm_backward(y2, real_f32(sums), y, x, x, x, stats, rows, C);
     const void* parts[] = {y, y2, stats, sums, &squares};
     const size_t sizes[] = {(size_t)rows * C * sizeof(floatX), (size_t)rows * C * sizeof(floatX), rows * 4, C * 4, 8};
     for (int i = 0; i < 5; i++) {
@@ -451,7 +452,7 @@ static size_t threaded_results(uint8_t* out, const floatX* x, size_t n, const fl
     memcpy(at, y2, (size_t)rows * C * sizeof(floatX)), at += (size_t)rows * C * sizeof(floatX);
     const QuantSpec spec = TEST_ABSMAX(ROTATE_SIGNED, ROUND_STOCHASTIC);
     QTensor q = quantize_op(&spec, rows * 8, C, x, 0, 1);
-    GemmArgs args = {.out = sums, .out_type = OUT_F32, .accumulate = 1, .a = &q, .b = &q, .alpha = 1.0f};
+    GemmArgs args = {.out = real_f32(sums), .accumulate = 1, .a = &q, .b = &q, .alpha = 1.0f};
     CPU_OPS.gemm(&args);  // 1040 x 1040: five tiles by three
     memcpy(at, sums, (size_t)rows * 8 * rows * 8 * 4), at += (size_t)rows * 8 * rows * 8 * 4;
     test_qtensor_free(&q);

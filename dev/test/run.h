@@ -111,13 +111,13 @@ static void test_make_model(Model* model, const char* recipe, int tied) {
                      .rope_low = 0,
                      .rope_high = 0,
                      .rope_original = 0};
-    model_prepare(model, cpu_backend(), &m, recipe_find(recipe), 2, 32);
+    model_prepare(model, cpu_backend(), &m, recipe_find(recipe), MEMORY_EXACT, 2, 32);
     model->linear.option_rounding = ROUND_NEAREST;
     model_allocate(model);
     model_init_weights(model, 5);
     for (size_t i = 0; i < model->table.elements; i++) {
-        model->m[i] = (float)i * 1e-6f;
-        model->v[i] = (float)i * 1e-7f;
+        ((float*)model->m.data)[i] = (float)i * 1e-6f;
+        ((float*)model->v.data)[i] = (float)i * 1e-7f;
     }
 }
 
@@ -131,8 +131,8 @@ static void test_checkpoint_round_trip(const char* out, int tied) {
     expect(checkpoint_save(out, &a, &config, &state, NULL, 3, error, sizeof error) == 0, "%s", error);
     size_t n = a.table.elements;
     memset(b.master, 0, n * sizeof(float));
-    memset(b.m, 0, n * sizeof(float));
-    memset(b.v, 0, n * sizeof(float));
+    memset(b.m.data, 0, n * sizeof(float));
+    memset(b.v.data, 0, n * sizeof(float));
     memset(b.params, 0, n * sizeof(floatX));
     Json* saved = NULL;
     int damaged;
@@ -141,8 +141,8 @@ static void test_checkpoint_round_trip(const char* out, int tied) {
         RunState loaded = checkpoint_load(&b, folder, saved);
         expect(loaded.step == 7 && loaded.tokens == 777 && loaded.data_fingerprint == state.data_fingerprint &&
                !strcmp(loaded.run_id, "abc"), "state differs");
-        expect(!memcmp(a.master, b.master, n * sizeof(float)) && !memcmp(a.m, b.m, n * sizeof(float)) &&
-                   !memcmp(a.v, b.v, n * sizeof(float)) && !memcmp(a.params, b.params, n * sizeof(floatX)),
+        expect(!memcmp(a.master, b.master, n * sizeof(float)) && !memcmp(a.m.data, b.m.data, n * sizeof(float)) &&
+                   !memcmp(a.v.data, b.v.data, n * sizeof(float)) && !memcmp(a.params, b.params, n * sizeof(floatX)),
                "loaded state is not bit-equal");
         b.master[n / 2] += 1.0f;  // the comparison sees an error
         expect(memcmp(a.master, b.master, n * sizeof(float)) != 0, "planted error not seen");
@@ -236,7 +236,7 @@ static void test_generate_recipe(const char* recipe) {
             head = qtensor_view(model_weight(&model, P_HEAD, -1), V, model.config.C, 0);
     floatX* all = (floatX*)malloc_or_die(sizeof(floatX) * (size_t)T * V, "logits");
     float *logits = (float*)malloc_or_die(sizeof(float) * (size_t)V, "logits");
-    GemmArgs gemm = {.out = all, .out_type = OUT_FLOATX, .accumulate = 0, .a = &x, .b = &head, .alpha = 1.0f};
+    GemmArgs gemm = {.out = real_floatX(all), .accumulate = 0, .a = &x, .b = &head, .alpha = 1.0f};
     model.ops->gemm(&gemm);
     Generator g = generator_open(&model, 64);
     double error = 0.0, size = 0.0, planted = 0.0;

@@ -13,10 +13,10 @@ static void test_ops_sum_squares(size_t n) {
         want += (long double)x[i] * (long double)x[i];
     }
     double got, tolerance = 2.0 * (sqrt((double)n) + 1.0) * ldexp(1.0, -53) * (double)want;
-    CPU_OPS.sum_squares(&got, x, n);
+    CPU_OPS.sum_squares(&got, real_f32(x), n);
     expect(fabs(got - (double)want) <= tolerance, "sum of %zu squares is %.17g, not %.17Lg", n, got, want);
     x[n - 1] = 262145.0f;
-    CPU_OPS.sum_squares(&got, x, n);
+    CPU_OPS.sum_squares(&got, real_f32(x), n);
     expect(fabs(got - (double)want) > tolerance, "the last of %zu elements is not seen", n);
     free(x);
 }
@@ -24,6 +24,8 @@ static void test_ops_sum_squares(size_t n) {
 static StepControl test_control(float lr, double beta1, double beta2, int64_t t) {
     return (StepControl){.loss_sum = 0.0,
                          .grad_squares = 0.0,
+                         .update = (uint64_t)t,
+                         .position = 0,
                          .lr = lr,
                          .correction1 = (float)(1.0 - pow(beta1, (double)t)),
                          .correction2 = (float)(1.0 - pow(beta2, (double)t)),
@@ -50,14 +52,16 @@ static void test_ops_step_decide(void) {
         floatX param = f32_to_floatX(5.0f);
         AdamwArgs args = {.param = &param,
                           .master = &state[0],
-                          .m = &state[1],
-                          .v = &state[2],
-                          .grad = &state[3],
+                          .m = real_f32(&state[1]),
+                          .v = real_f32(&state[2]),
+                          .grad = real_f32(&state[3]),
+                          .first = 0,
                           .count = 1,
                           .beta1 = 0.9f,
                           .beta2 = 0.9f,
                           .eps = 1.0f,
                           .weight_decay = 0.1f,
+                          .seed = 1,
                           .control = &control};
         CPU_OPS.adamw(&args);
         int same = state[0] == 1 && state[1] == 2 && state[2] == 3 && floatX_to_f32(param) == 5.0f;
@@ -116,14 +120,16 @@ static void test_ops_adamw(size_t n, int64_t t, float decay) {
     control.grad_scale = scale;
     AdamwArgs args = {.param = param,
                       .master = memory[0],
-                      .m = memory[1],
-                      .v = memory[2],
-                      .grad = memory[3],
+                      .m = real_f32(memory[1]),
+                      .v = real_f32(memory[2]),
+                      .grad = real_f32(memory[3]),
+                      .first = 0,
                       .count = n,
                       .beta1 = beta1,
                       .beta2 = beta2,
                       .eps = eps,
                       .weight_decay = decay,
+                      .seed = 1,
                       .control = &control};
     CPU_OPS.adamw(&args);
     int rounded = 1;

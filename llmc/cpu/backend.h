@@ -23,6 +23,21 @@ static size_t cpu_program_bytes(int threads) { return ((size_t)12 << 20) + ((siz
 
 static double cpu_peak_flops(void) { return 0.0; }  // unknown: --bench measures what BLAS reaches
 
+// MemAvailable of /proc/meminfo
+static size_t cpu_available_bytes(void) {
+    FILE* file = fopen("/proc/meminfo", "r");
+    unsigned long long kib = 0;
+    char line[256];
+    while (file && fgets(line, sizeof line, file) && sscanf(line, "MemAvailable: %llu kB", &kib) != 1) {
+    }
+    if (file) {
+        fclose(file);
+    }
+    return (size_t)kib << 10;
+}
+
+static void cpu_replay(int, void (*work)(void* argument), void* argument) { work(argument); }
+
 #ifdef _OPENMP
 #include <omp.h>
 static int cpu_threads(void) { return omp_get_max_threads(); }
@@ -72,6 +87,9 @@ static const Ops CPU_OPS = {
     .program_bytes = cpu_program_bytes,
     .classifier_bytes = (size_t)32 << 20,
     .peak_flops = cpu_peak_flops,
+    .available_bytes = cpu_available_bytes,
+    .micro_tokens = 8192,
+    .replay = cpu_replay,
     .describe = cpu_describe,
     .gemm_rate = cpu_gemm_rate,
     .copy_rate = cpu_copy_rate,
@@ -92,7 +110,6 @@ static const Ops CPU_OPS = {
     .quantize_supports = cpu_quantize_supports,
     .gemm = cpu_gemm,
     .unrotate = cpu_unrotate,
-    .unrotate_f32 = cpu_unrotate_f32,
     .loss_sum = cpu_loss_sum,
     .sum_squares = cpu_sum_squares,
     .step_decide = cpu_step_decide,

@@ -123,11 +123,10 @@ static void cpu_gemm(const GemmArgs* args) {
     const QTensor *a = args->a, *b = args->b;
     int M = a->rows, N = b->rows, K = a->cols;
     check(b->cols == K, "internal: a GEMM contracts %d with %d", K, b->cols);
-    check(!args->accumulate || args->out_type == OUT_F32, "internal: accumulation is into f32 only");
     const float *fa = operand_decode(a, 0), *fb = operand_decode(b, 1);
     int lda = a->transposed ? M : K, ldb = b->transposed ? N : K;
     float alpha = args->alpha * (a->owed * b->owed);
-    int direct = args->out_type == OUT_F32 || sizeof(floatX) == sizeof(float);
+    int direct = real_bytes(args->out.type) == sizeof(float);
     int tiles_m = (int)ceil_div(M, GEMM_TILE_M), tiles_n = (int)ceil_div(N, GEMM_TILE_N);
 #pragma omp parallel
     {
@@ -141,13 +140,14 @@ static void cpu_gemm(const GemmArgs* args) {
             int m = min_int(GEMM_TILE_M, M - m0), n = min_int(GEMM_TILE_N, N - n0);
             const float* ta = a->transposed ? fa + m0 : fa + (size_t)m0 * K;
             const float* tb = b->transposed ? fb + n0 : fb + (size_t)n0 * K;
-            float* out = direct ? (float*)args->out + (size_t)m0 * N + n0 : tile;
+            float* out = direct ? (float*)args->out.data + (size_t)m0 * N + n0 : tile;
             sgemm(out, direct ? N : n, ta, lda, a->transposed, tb, ldb, b->transposed, m, n, K, alpha,
-                  args->accumulate ? 1.0f : 0.0f);
+                  direct && args->accumulate ? 1.0f : 0.0f);
             for (int i = 0; !direct && i < m; i++) {
-                floatX* row = (floatX*)args->out + (size_t)(m0 + i) * N + n0;
+                floatX* row = (floatX*)args->out.data + (size_t)(m0 + i) * N + n0;
                 for (int j = 0; j < n; j++) {
-                    row[j] = f32_to_floatX(tile[(size_t)i * n + j]);
+                    float sum = tile[(size_t)i * n + j];
+                    row[j] = f32_to_floatX(args->accumulate ? floatX_to_f32(row[j]) + sum : sum);
                 }
             }
         }

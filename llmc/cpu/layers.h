@@ -27,13 +27,44 @@ static void cpu_embedding_forward(floatX* out, const int32_t* tokens, const floa
     }
 }
 
-static void cpu_embedding_backward(float* dweight, const floatX* dout, const int32_t* tokens, int BT, int C) {
+// floatX gradients: the tokens are summed in f32, one token id after the other, so that each is rounded once
+static void embedding_backward_floatX(floatX* dweight, const floatX* dout, const int32_t* tokens, int BT, int C) {
+    int32_t last = 0;
+    for (int t = 0; t < BT; t++) {
+        last = tokens[t] > last ? tokens[t] : last;
+    }
+    int32_t* first = (int32_t*)malloc_or_die(sizeof(int32_t) * ((size_t)last + 1 + (size_t)BT), "positions by token");
+    int32_t* next = first + last + 1;  // positions of a token as a list in order
+    memset(first, 0xff, sizeof(int32_t) * ((size_t)last + 1));
+    for (int t = BT - 1; t >= 0; t--) {
+        next[t] = first[tokens[t]];
+        first[tokens[t]] = t;
+    }
+#pragma omp parallel for schedule(dynamic, 64)
+    for (int32_t token = 0; token <= last; token++) {
+        floatX* row = dweight + (size_t)token * C;
+        for (int c = 0; first[token] >= 0 && c < C; c++) {
+            float sum = floatX_to_f32(row[c]);
+            for (int t = first[token]; t >= 0; t = next[t]) {
+                sum += floatX_to_f32(dout[(size_t)t * C + c]);
+            }
+            row[c] = f32_to_floatX(sum);
+        }
+    }
+    free(first);
+}
+
+static void cpu_embedding_backward(RealArray dweight, const floatX* dout, const int32_t* tokens, int BT, int C) {
+    if (dweight.type == REAL_FLOATX) {
+        embedding_backward_floatX((floatX*)dweight.data, dout, tokens, BT, C);
+        return;
+    }
     int strips = (int)ceil_div(C, COLUMN_STRIP);
 #pragma omp parallel for schedule(static)
     for (int strip = 0; strip < strips; strip++) {
         int begin = strip * COLUMN_STRIP, end = min_int(C, begin + COLUMN_STRIP);
         for (int t = 0; t < BT; t++) {
-            float* row = dweight + (size_t)tokens[t] * C;
+            float* row = (float*)dweight.data + (size_t)tokens[t] * C;
             const floatX* gradient = dout + (size_t)t * C;
 #pragma omp simd
             for (int c = begin; c < end; c++) {
@@ -87,7 +118,7 @@ static void cpu_add_rmsnorm_forward(floatX* sum, floatX* out, float* rstd, const
 }
 
 // y = x r w: dx = r (w dy - x r^2 mean(w dy x)), dw = sum over tokens of dy x r
-static void cpu_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* dresidual,
+static void cpu_rmsnorm_backward(floatX* dinp, RealArray dweight, const floatX* dout, const floatX* dresidual,
                                  const floatX* inp, const floatX* weight, const float* rstd, int BT, int C) {
     int strips = (int)ceil_div(C, COLUMN_STRIP);
 #pragma omp parallel for schedule(static)
@@ -102,7 +133,7 @@ static void cpu_rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dou
             }
         }
         for (int c = begin; c < end; c++) {
-            dweight[c] += sum[c - begin];
+            real_set(dweight, (size_t)c, real_get(dweight, (size_t)c) + sum[c - begin]);
         }
     }
 #pragma omp parallel for schedule(static)
@@ -239,7 +270,7 @@ static void cpu_crossentropy(float* losses, floatX* logits, const int32_t* targe
     }
 }
 
-static void cpu_sum_squares(double* total, const float* x, size_t n) {
+static void cpu_sum_squares(double* total, RealArray array, size_t n) {
     const size_t chunk = 65536;
     int64_t chunks = ceil_div((int64_t)n, (int64_t)chunk);
     double* partial = (double*)malloc_or_die(sizeof(double) * (size_t)chunks, "partial sums");
@@ -248,13 +279,15 @@ static void cpu_sum_squares(double* total, const float* x, size_t n) {
         size_t begin = (size_t)c * chunk, end = begin + chunk < n ? begin + chunk : n;
         double lanes[8] = {0};
         size_t i = begin;
-        for (; i + 8 <= end; i += 8) {
+        const float* x = (const float*)array.data;
+        for (; array.type == REAL_F32 && i + 8 <= end; i += 8) {
             for (int j = 0; j < 8; j++) {
                 lanes[j] += (double)x[i + j] * (double)x[i + j];
             }
         }
         for (; i < end; i++) {
-            lanes[0] += (double)x[i] * (double)x[i];
+            double value = (double)real_get(array, i);
+            lanes[i % 8] += value * value;
         }
         partial[c] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
     }
@@ -276,13 +309,11 @@ static void cpu_loss_sum(double* sum, const float* losses, int n) {
 
 static void cpu_step_decide(StepControl* control, float grad_clip) { step_decide(control, grad_clip); }
 
-static void cpu_adamw(const AdamwArgs* a) {
-    if (a->control->skip) {
-        return;
-    }
+// with a master copy and f32 state: the loop vectorizes
+static void adamw_f32(const AdamwArgs* a) {
     float correction1 = a->control->correction1, correction2 = a->control->correction2, lr = a->control->lr;
-    float *master = a->master, *first = a->m, *second = a->v;
-    const float* grad = a->grad;
+    float *master = a->master, *first = (float*)a->m.data, *second = (float*)a->v.data;
+    const float* grad = (const float*)a->grad.data;
     floatX* param = a->param;
     float beta1 = a->beta1, beta2 = a->beta2, eps = a->eps, decay = lr * a->weight_decay,
           scale = a->control->grad_scale;
@@ -298,5 +329,47 @@ static void cpu_adamw(const AdamwArgs* a) {
         second[i] = v;
         master[i] = w;
         param[i] = f32_to_floatX(w);
+    }
+}
+
+// state in either type: one element at a time
+static void adamw_general(const AdamwArgs* a) {
+    const StepControl* control = a->control;
+    float beta1 = a->beta1, beta2 = a->beta2, decay = control->lr * a->weight_decay;
+    uint64_t stream = rand_stream(RAND_UPDATE, 0, 0, control->update);
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < a->count; i++) {
+        uint64_t element = a->first + i;
+        float g = real_get(a->grad, i) * control->grad_scale;
+        float m = beta1 * real_get(a->m, i) + (1.0f - beta1) * g;
+        float v = beta2 * real_get(a->v, i) + (1.0f - beta2) * g * g;
+        float step = (m / control->correction1) / (sqrtf(v / control->correction2) + a->eps);
+        float w = a->master ? a->master[i] : floatX_to_f32(a->param[i]);
+        w = (w - decay * w) - control->lr * step;
+        if (a->master) {
+            a->master[i] = w;
+            a->param[i] = f32_to_floatX(w);
+        } else {
+            a->param[i] = f32_to_floatX_stochastic(w, round_bits(a->seed, stream, 0, element));
+        }
+        if (a->m.type == REAL_F32) {
+            real_set(a->m, i, m);
+            real_set(a->v, i, v);
+        } else {
+            ((floatX*)a->m.data)[i] = f32_to_floatX_stochastic(m, round_bits(a->seed, stream, 1ull << 56, element));
+            ((floatX*)a->v.data)[i] = f32_to_floatX_stochastic(v, round_bits(a->seed, stream, 2ull << 56, element));
+        }
+    }
+}
+
+static void cpu_adamw(const AdamwArgs* a) {
+    check(a->m.type == a->v.type, "internal: the moments differ in type");
+    if (a->control->skip) {
+        return;
+    }
+    if (a->master && a->m.type == REAL_F32 && a->grad.type == REAL_F32) {
+        adamw_f32(a);
+    } else {
+        adamw_general(a);
     }
 }

@@ -193,7 +193,8 @@ static void tile_absmax_stochastic(Tile* tile, const QuantizeArgs* args, int r0,
         uint32_t words[4][TILE_LANES];
         for (int l = 0; l < TILE_LANES; l++) {
             uint64_t element = (uint64_t)(r0 + l) * (uint64_t)args->out->cols + (uint64_t)(c0 + k);
-            Philox random = philox(args->seed, args->round_index + element / 8, args->round_stream);
+            Philox random =
+                philox(args->seed, args->round_index + element / 8, args->round_stream | quantize_position(args));
             words[0][l] = random.w[0], words[1][l] = random.w[1], words[2][l] = random.w[2], words[3][l] = random.w[3];
         }
         for (int j = 0; j < 8; j++) {
@@ -261,7 +262,8 @@ static void quantize_tile(const QuantizeArgs* args, int r0, int c0) {
     Tile tile;
     tile_load(&tile, args, r0, c0, lanes);
     if (args->spec.rotation == ROTATE_SIGNED) {
-        tile_flip_signs(&tile, sign_word(args->seed, args->sign_stream, args->sign_index, c0 / GROUP));
+        tile_flip_signs(
+            &tile, sign_word(args->seed, args->sign_stream | quantize_position(args), args->sign_index, c0 / GROUP));
     }
     if (args->spec.rotation != ROTATE_NONE) {
         tile_hadamard(&tile);
@@ -321,7 +323,7 @@ static void cpu_quantize(const QuantizeArgs* args) {
 }
 
 // x (rows, cols) = H (x * mask), of floatX or f32, by tiles: undoes mask and rotation
-static void unrotate_tile(void* x, OutType type, const uint32_t* mask, int r0, int c0, int cols, int lanes) {
+static void unrotate_tile(RealArray x, const uint32_t* mask, int r0, int c0, int cols, int lanes) {
     Tile tile;
     float line[GROUP];
     if (lanes < TILE_LANES) {
@@ -331,7 +333,7 @@ static void unrotate_tile(void* x, OutType type, const uint32_t* mask, int r0, i
         size_t first = (size_t)(r0 + l) * cols + c0;
         uint32_t keep = mask ? mask[first / GROUP] : ~0u;
         for (int k = 0; k < GROUP; k++) {
-            float v = type == OUT_F32 ? ((const float*)x)[first + k] : floatX_to_f32(((const floatX*)x)[first + k]);
+            float v = real_get(x, first + (size_t)k);
             line[k] = keep >> k & 1u ? v : 0.0f;
         }
         for (int k = 0; k < GROUP; k++) {
@@ -345,29 +347,19 @@ static void unrotate_tile(void* x, OutType type, const uint32_t* mask, int r0, i
             line[k] = tile.v[k][l];
         }
         for (int k = 0; k < GROUP; k++) {
-            if (type == OUT_F32) {
-                ((float*)x)[first + k] = line[k];
-            } else {
-                ((floatX*)x)[first + k] = f32_to_floatX(line[k]);
-            }
+            real_set(x, first + (size_t)k, line[k]);
         }
     }
 }
 
-static void unrotate_all(void* x, OutType type, const uint32_t* mask, int rows, int cols) {
+static void cpu_unrotate(RealArray x, const uint32_t* mask, int rows, int cols) {
     int tiles = (int)ceil_div(rows, TILE_LANES), blocks = cols / GROUP;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int tile = 0; tile < tiles; tile++) {
         for (int block = 0; block < blocks; block++) {
-            unrotate_tile(x, type, mask, tile * TILE_LANES, block * GROUP, cols,
+            unrotate_tile(x, mask, tile * TILE_LANES, block * GROUP, cols,
                           min_int(TILE_LANES, rows - tile * TILE_LANES));
         }
     }
 }
 
-static void cpu_unrotate(floatX* x, const uint32_t* mask, int rows, int cols) {
-    unrotate_all(x, OUT_FLOATX, mask, rows, cols);
-}
-static void cpu_unrotate_f32(float* x, const uint32_t* mask, int rows, int cols) {
-    unrotate_all(x, OUT_F32, mask, rows, cols);
-}

@@ -26,13 +26,22 @@ static const struct { const char* name; double tflops;
     {"RTX 3090", 71},   {"RTX A6000", 155},  {"RTX 6000 Ada", 364},
 };
 
+static double cuda_gemm_rate(void);
 static double cuda_peak_flops(void) {
+    static double measured;
     for (size_t i = 0; i < sizeof GPU_PEAKS / sizeof GPU_PEAKS[0]; i++) {
         if (strstr(gpu.name, GPU_PEAKS[i].name)) {
             return GPU_PEAKS[i].tflops * 1e12;
         }
     }
-    return 0.0;
+    measured = measured > 0 ? measured : cuda_gemm_rate();
+    return measured;
+}
+
+static size_t cuda_available_bytes(void) {
+    size_t available = 0, total = 0;
+    cuda_check(cudaMemGetInfo(&available, &total));
+    return available;
 }
 
 static void* cuda_alloc(size_t bytes, const char* what) {
@@ -89,10 +98,7 @@ static int cuda_quantize_supports(const QuantSpec* spec) {
     return spec->format == FORMAT_FLOATX && spec->scale == SCALE_NONE && spec->rotation == ROTATE_NONE;
 }
 static void cuda_quantize(const QuantizeArgs*) { die(EXIT_UNEXPECTED, "internal: no quantizer on CUDA yet"); }
-static void cuda_unrotate(floatX*, const uint32_t*, int, int) {
-    die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet");
-}
-static void cuda_unrotate_f32(float*, const uint32_t*, int, int) {
+static void cuda_unrotate(RealArray, const uint32_t*, int, int) {
     die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet");
 }
 
@@ -124,7 +130,7 @@ static double cuda_gemm_rate(void) {
     bench_fill_kernel<<<4 * gpu.sm_count, 256, 0, gpu.stream>>>(memory, 2 * count);
     QTensor a = qtensor_view(memory, n, n, 0), b = qtensor_view(memory + count, n, n, 0);
     GemmArgs args = {
-        .out = memory + 2 * count, .out_type = OUT_FLOATX, .accumulate = 0, .a = &a, .b = &b, .alpha = 1.0f};
+        .out = real_floatX(memory + 2 * count), .accumulate = 0, .a = &a, .b = &b, .alpha = 1.0f};
     double seconds = gemm_plan(&args)->seconds;
     cuda_release(memory);
     return 2.0 * n * n * n / seconds;
@@ -151,6 +157,31 @@ static void cuda_describe(char* buffer, size_t bytes) {
     snprintf(buffer, bytes, "GPU %d, %s, %.0f GiB", gpu.device, gpu.name, (double)gpu.memory_bytes / 1073741824.0);
 }
 
+// Work is issued as it is the first time, which makes plans of matrix products and grows scratch; the second time it is
+// recorded into a graph; from then on the graph is launched.
+#define GRAPH_IDS 4
+typedef struct { int issued; cudaGraphExec_t graph; } RecordedWork;
+static RecordedWork recorded_work[GRAPH_IDS];
+
+static void cuda_replay(int id, void (*work)(void* argument), void* argument) {
+    check(id >= 0 && id < GRAPH_IDS, "internal: no recorded work %d", id);
+    RecordedWork* recorded = &recorded_work[id];
+    if (!recorded->issued) {
+        recorded->issued = 1;
+        work(argument);
+        return;
+    }
+    if (!recorded->graph) {
+        cudaGraph_t graph;
+        cuda_check(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
+        work(argument);
+        cuda_check(cudaStreamEndCapture(gpu.stream, &graph));
+        cuda_check(cudaGraphInstantiate(&recorded->graph, graph, 0));
+        cuda_check(cudaGraphDestroy(graph));
+    }
+    cuda_check(cudaGraphLaunch(recorded->graph, gpu.stream));
+}
+
 static const Ops CUDA_OPS = {
     .name = "cuda",
     .alloc = cuda_alloc,
@@ -166,6 +197,9 @@ static const Ops CUDA_OPS = {
     .program_bytes = cuda_program_bytes,
     .classifier_bytes = (size_t)512 << 20,
     .peak_flops = cuda_peak_flops,
+    .available_bytes = cuda_available_bytes,
+    .micro_tokens = 32768,
+    .replay = cuda_replay,
     .describe = cuda_describe,
     .gemm_rate = cuda_gemm_rate,
     .copy_rate = cuda_copy_rate,
@@ -186,7 +220,6 @@ static const Ops CUDA_OPS = {
     .quantize_supports = cuda_quantize_supports,
     .gemm = cuda_gemm,
     .unrotate = cuda_unrotate,
-    .unrotate_f32 = cuda_unrotate_f32,
     .loss_sum = cuda_loss_sum,
     .sum_squares = cuda_sum_squares,
     .step_decide = cuda_step_decide,

@@ -66,7 +66,7 @@ static float gemm_time(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorit
 
 static void gemm_describe(GemmPlan* plan) {
     const GemmKey* k = &plan->key;
-    cudaDataType_t type = gemm_floatX_type(), out_type = k->out_type == OUT_F32 ? CUDA_R_32F : type;
+    cudaDataType_t type = gemm_floatX_type(), out_type = k->out_type == REAL_F32 ? CUDA_R_32F : type;
     cublasOperation_t op_b = k->b_transposed ? CUBLAS_OP_N : CUBLAS_OP_T,
                       op_a = k->a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     blas_check(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -102,10 +102,16 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
     check(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt has no algorithm for a %d x %d x %d product",
           plan->key.M, plan->key.N, plan->key.K);
     cublasLtMatmulPreferenceDestroy(preference);
-    void* scratch = args->out;
+    void* scratch = args->out.data;
+    size_t scratch_bytes = (size_t)plan->key.M * plan->key.N * real_bytes((RealType)plan->key.out_type);
+    if (args->accumulate && cudaMalloc(&scratch, scratch_bytes) != cudaSuccess) {
+        cudaGetLastError();  // no room to measure in: the heuristic's first choice
+        scratch = NULL;
+        plan->algorithm = found[0].algo;
+        return;
+    }
     if (args->accumulate) {
-        cuda_check(cudaMalloc(&scratch, (size_t)plan->key.M * plan->key.N * sizeof(float)));
-        cuda_check(cudaMemsetAsync(scratch, 0, (size_t)plan->key.M * plan->key.N * sizeof(float), gpu.stream));
+        cuda_check(cudaMemsetAsync(scratch, 0, scratch_bytes, gpu.stream));
     }
     float best = INFINITY;
     for (int i = 0; i < count; i++) {
@@ -124,8 +130,8 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
 
 static const GemmPlan* gemm_plan(const GemmArgs* args) {
     GemmKey key = {args->a->rows,       args->b->rows,  args->a->cols,   args->a->transposed,
-                   args->b->transposed, args->out_type, args->accumulate, 0};
-    uintptr_t bits = (uintptr_t)args->a->dense | (uintptr_t)args->b->dense | (uintptr_t)args->out;
+                   args->b->transposed, args->out.type, args->accumulate, 0};
+    uintptr_t bits = (uintptr_t)args->a->dense | (uintptr_t)args->b->dense | (uintptr_t)args->out.data;
     for (key.alignment = 256; bits % (uintptr_t)key.alignment; key.alignment /= 2) {
     }
     for (int i = 0; i < gemm_plan_count; i++) {
@@ -147,5 +153,5 @@ static void cuda_gemm(const GemmArgs* args) {
           "internal: no carrier for quantized operands on CUDA");
     check(args->a->cols == args->b->cols, "internal: a GEMM contracts %d with %d", args->a->cols, args->b->cols);
     const GemmPlan* plan = gemm_plan(args);
-    blas_check(gemm_run(plan, &plan->algorithm, args->out, args));
+    blas_check(gemm_run(plan, &plan->algorithm, args->out.data, args));
 }
