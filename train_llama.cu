@@ -195,11 +195,14 @@ static int train(Trainer* t) {
                        .g0 = t->state.step * t->run.samples_per_step};
     DataLoader* loader = t->state.step < config->steps ? loader_start(&t->train, &plan) : NULL;
     double begin = clock_seconds();
-    int64_t skips = 0;
+    int64_t skips = 0, steps_here = 0;
     int code = EXIT_DONE;
     while (t->state.step < config->steps && code == EXIT_DONE) {
         StepRecord record = train_step(t, loader);
         log_step(&t->log, &record);
+        if (++steps_here == 2) {
+            log_memory(&t->log, t->state.step, t->model.ops->used_bytes());
+        }
         skips = record.skipped ? skips + 1 : 0;
         if (skips >= config->max_skips) {
             code = EXIT_NUMERICS;

@@ -139,6 +139,11 @@ static void bench_adamw(Model* model) {
                       .control = model->control};
     model->ops->adamw(&args);
 }
+// read and written for one element: weights, moments, gradient
+static double bench_adamw_bytes(const Model* model) {
+    size_t weights = model->master ? 2 * sizeof(float) + sizeof(floatX) : 2 * sizeof(floatX);
+    return (double)(weights + 4 * real_bytes(model->m.type) + real_bytes(model->grads.type));
+}
 static void bench_embedding_backward(Model* model) {
     model->ops->embedding_backward(model_grad(model, P_EMBED, -1), model->dresidual, model->inputs, bench_tokens(model),
                                    model->config.C);
@@ -192,8 +197,8 @@ static void bench_table(Model* model, double gemm_ceiling, double copy_ceiling) 
         {"  of it: cross-entropy", bench_crossentropy, BT / model->classifier_rows, 0,
          2 * x * model->classifier_rows * m->V},
         {"embedding backward", bench_embedding_backward, 1, 0, (x + 8) * BT * C},
-        {"gradient norm", bench_norm, 0, 0, 4.0 * (double)model->table.elements},
-        {"AdamW", bench_adamw, 0, 0, (28.0 + x) * (double)model->table.elements},
+        {"gradient norm", bench_norm, 0, 0, (double)real_bytes(model->grads.type) * (double)model->table.elements},
+        {"AdamW", bench_adamw, 0, 0, bench_adamw_bytes(model) * (double)model->table.elements},
         {"  of gate_up: quantize x", bench_quantize_x, L, 0, BT * C * (x + packed + 0.125)},
         {"  of gate_up: quantize dy", bench_quantize_dy, L, 0, BT * 2 * F * (x + packed)},
         {"  of gate_up: quantize dyT", bench_quantize_dyt, L, 0, BT * 2 * F * (x + packed)},
@@ -216,17 +221,38 @@ static void bench_table(Model* model, double gemm_ceiling, double copy_ceiling) 
     }
 }
 
-// one optimizer step of one micro-batch; seconds
-static double bench_step(Model* model, const Run* run, const int32_t* inputs, const int32_t* targets, int64_t step) {
-    double begin = clock_seconds();
-    model_begin_step(model, 1e-4, run->config.beta1, run->config.beta2, step + 1);
+typedef struct { Model* model; const Run* run; } BenchStep;
+
+static void bench_step_work(void* argument) {
+    Model* model = ((BenchStep*)argument)->model;
+    const Run* run = ((BenchStep*)argument)->run;
+    model->weights_quantized = 0;
     model_zero_gradients(model);
-    model_forward(model, inputs, targets, 1.0f / (float)bench_tokens(model), 1);
+    model_run_forward(model, 1.0f / (float)bench_tokens(model), 1);
     model_backward(model);
     model_finish_gradients(model);
     optimizer_step(model, &run->comm, &run->config);
-    model->ops->synchronize();
-    return clock_seconds() - begin;
+}
+
+// median seconds of optimizer steps of one micro-batch, recorded (as training runs) or issued one operation at a time
+static double bench_steps(Model* model, const Run* run, const int32_t* inputs, const int32_t* targets, int recorded) {
+    enum { STEPS = 7, WARM = 2 };
+    double times[STEPS];
+    BenchStep step = {model, run};
+    for (int i = 0; i < STEPS; i++) {
+        double begin = clock_seconds();
+        model_begin_step(model, 1e-4, run->config.beta1, run->config.beta2, i + 1);
+        model_load_batch(model, inputs, targets, i, 0);
+        if (recorded) {
+            model->ops->replay(0, bench_step_work, &step);
+        } else {
+            bench_step_work(&step);
+        }
+        model->ops->synchronize();
+        times[i] = clock_seconds() - begin;
+    }
+    qsort(times + WARM, STEPS - WARM, sizeof(double), compare_doubles);
+    return times[WARM + (STEPS - WARM) / 2];
 }
 
 static void bench_run(const Run* run, Model* model) {
@@ -243,15 +269,13 @@ static void bench_run(const Run* run, Model* model) {
     model->ops->describe(device, sizeof device);
     printf("device     %s\nceilings   GEMM %.0f GFLOP/s, copy %.1f GB/s\n", device, gemm_ceiling, copy_ceiling);
     printf("model      %s, recipe %s, micro-batch %d x %d\n", m->name, run->recipe->name, model->B, model->T);
-    double times[7];
-    for (int i = 0; i < 7; i++) {
-        times[i] = bench_step(model, run, tokens, tokens + 1, i);
-    }
+    double issued = bench_steps(model, run, tokens, tokens + 1, 0);
+    double seconds = bench_steps(model, run, tokens, tokens + 1, 1), flops = BT * model_flops_per_token(model);
     bench_table(model, gemm_ceiling, copy_ceiling);
-    qsort(times + 1, 6, sizeof(double), compare_doubles);
-    double seconds = times[3], flops = BT * model_flops_per_token(model);
     printf(
         "step       %.1f ms a micro-batch and update, %.0f tokens/s, model %.1f GFLOP/s, %.0f %% of the GEMM ceiling\n",
         seconds * 1e3, BT / seconds, flops / seconds * 1e-9, 100 * flops / seconds * 1e-9 / gemm_ceiling);
+    printf("graphs     the step takes %.1f ms where its operations are issued one by one\n", issued * 1e3);
+    printf("memory     %.1f GiB in use\n", (double)model->ops->used_bytes() / 1073741824.0);
     free(tokens);
 }

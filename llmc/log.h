@@ -1,7 +1,7 @@
 // log.h: what a run says: the console, OUT/metrics.jsonl, rates and the time left.
 //
 // metrics.jsonl holds one object a line: {"type":"run",..every option..}, then "step", "val", "save", "resume", "skip",
-// "end" records. Losses are nats per token, grad_norm is before clipping, dt_ms is the wall time of the step. A resumed
+// "memory" (bytes in use), "end" records. Losses are nats per token, grad_norm is before clipping, dt_ms is the wall time of the step. A resumed
 // run first drops the records of steps after its checkpoint, so no step stands twice; the file is replaced by rename,
 // never cut in place.
 #pragma once
@@ -174,6 +174,15 @@ static void log_val(Log* log, int64_t step, int64_t tokens, double loss) {
     fflush(stdout);
     fprintf(log->metrics, "{\"type\":\"val\",\"step\":%lld,\"tokens\":%lld", (long long)step, (long long)tokens);
     log_number(log, "loss", loss, "%.9g");
+    log_line_end(log);
+}
+
+// bytes in use once everything has been allocated that ever is
+static void log_memory(Log* log, int64_t step, size_t bytes) {
+    printf("memory     %.2f GiB in use\n", (double)bytes / 1073741824.0);
+    fflush(stdout);
+    fprintf(log->metrics, "{\"type\":\"memory\",\"step\":%lld", (long long)step);
+    log_number(log, "bytes", (double)bytes, "%.0f");
     log_line_end(log);
 }
 

@@ -108,8 +108,10 @@ typedef struct Ops {
     // dense bf16 peak of the device in FLOP/s: from its datasheet or, where the device is not in the table, gemm_rate,
     // measured at the first call; 0 on the CPU
     double (*peak_flops)(void);
-    // bytes that can still be allocated; 0 where that is not known
+    // bytes of the device that can still be allocated (0 where that is not known), and that are in use: on a GPU by all
+    // programs, on the CPU this one's peak
     size_t (*available_bytes)(void);
+    size_t (*used_bytes)(void);
     size_t micro_tokens;  // tokens of a micro-batch that keep the device busy
     // Run work(argument), which only calls operations of this table, always the same ones on the same memory. The
     // device may record it under that id and play it again.

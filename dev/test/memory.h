@@ -301,10 +301,10 @@ static void test_memory(void) {
     test_adamw_lean(1001, 5);
     if (sizeof(floatX) == 2) {
         test_adamw_small_updates();
+        test_fit();
     }
     test_narrow_gradients();
     test_recompute("bf16");
     test_recompute("quartet");
     test_lean_checkpoints();
-    test_fit();
 }

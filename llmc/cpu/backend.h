@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "layers.h"
 #include "quantize.h"
+#include <sys/resource.h>
 
 static void* cpu_alloc(size_t bytes, const char* what) { return calloc_or_die(bytes, what); }
 static void cpu_zero(void* memory, size_t bytes) { memset(memory, 0, bytes); }
@@ -34,6 +35,11 @@ static size_t cpu_available_bytes(void) {
         fclose(file);
     }
     return (size_t)kib << 10;
+}
+
+static size_t cpu_used_bytes(void) {
+    struct rusage usage;
+    return getrusage(RUSAGE_SELF, &usage) == 0 ? (size_t)usage.ru_maxrss << 10 : 0;
 }
 
 static void cpu_replay(int, void (*work)(void* argument), void* argument) { work(argument); }
@@ -88,6 +94,7 @@ static const Ops CPU_OPS = {
     .classifier_bytes = (size_t)32 << 20,
     .peak_flops = cpu_peak_flops,
     .available_bytes = cpu_available_bytes,
+    .used_bytes = cpu_used_bytes,
     .micro_tokens = 8192,
     .replay = cpu_replay,
     .describe = cpu_describe,

@@ -44,6 +44,12 @@ static size_t cuda_available_bytes(void) {
     return available;
 }
 
+static size_t cuda_used_bytes(void) {
+    size_t available = 0, total = 0;
+    cuda_check(cudaMemGetInfo(&available, &total));
+    return total - available;
+}
+
 static void* cuda_alloc(size_t bytes, const char* what) {
     void* memory = NULL;
     cudaError_t error = cudaMalloc(&memory, bytes ? bytes : 1);
@@ -198,6 +204,7 @@ static const Ops CUDA_OPS = {
     .classifier_bytes = (size_t)512 << 20,
     .peak_flops = cuda_peak_flops,
     .available_bytes = cuda_available_bytes,
+    .used_bytes = cuda_used_bytes,
     .micro_tokens = 32768,
     .replay = cuda_replay,
     .describe = cuda_describe,
