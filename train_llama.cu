@@ -127,10 +127,12 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     Model* model = &t->model;
     int64_t step = t->state.step;
     double begin = clock_seconds();
-    memset(&t->telemetry, 0, sizeof t->telemetry);
     int observe =
         config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
-    model->linear.telemetry = observe ? &t->telemetry : NULL;
+    model->linear.telemetry = observe ? model->telemetry : NULL;
+    if (observe) {
+        model->ops->zero(model->telemetry, sizeof(LinearTelemetry));
+    }
     double lr = schedule_lr(config, step);
     model_begin_step(model, lr, config->beta1, config->beta2, step + 1);
     model_zero_gradients(model);
@@ -147,6 +149,9 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     model->weights_quantized = 0;
     model->linear.telemetry = NULL;
     StepControl result = model_read_control(model);
+    if (observe) {
+        model->ops->copy_to_host(&t->telemetry, model->telemetry, sizeof(LinearTelemetry));
+    }
     double loss = result.loss_sum / (double)config->batch_tokens;
     t->state.step++;
     t->state.tokens += config->batch_tokens;

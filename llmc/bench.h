@@ -72,29 +72,30 @@ static void bench_classifier(Model* model) { model_classifier(model, 1e-6f, 1); 
 static void bench_quantize_x(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
     linear_operand(&model->linear, OPERAND_X, bench_linear(model, LINEAR_GATE_UP), b->x_memory[LINEAR_GATE_UP],
+                   model->linear.operand_a,
                    bench_tokens(model), model->config.C, b->norm2, NULL, 0, NULL);
 }
 static void bench_quantize_dy(Model* model) {
-    linear_operand(&model->linear, OPERAND_DY, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_a,
+    linear_operand(&model->linear, OPERAND_DY, bench_linear(model, LINEAR_GATE_UP), NULL, model->linear.operand_a,
                    bench_tokens(model), 2 * model->config.F, model->dgate_up, NULL, 0, NULL);
 }
 static void bench_quantize_dyt(Model* model) {
-    linear_operand(&model->linear, OPERAND_DYT, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_a,
+    linear_operand(&model->linear, OPERAND_DYT, bench_linear(model, LINEAR_GATE_UP), NULL, model->linear.operand_a,
                    2 * model->config.F, bench_tokens(model), model->dgate_up, NULL, 1, NULL);
 }
 static void bench_quantize_wt(Model* model) {
     Linear* linear = bench_linear(model, LINEAR_GATE_UP);
-    linear_operand(&model->linear, OPERAND_WT, linear, model->linear.operand_b, linear->C, linear->OC, linear->weight,
+    linear_operand(&model->linear, OPERAND_WT, linear, NULL, model->linear.operand_b, linear->C, linear->OC, linear->weight,
                    &linear->w, 1, NULL);
 }
 static void bench_quantize_xt(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    linear_operand(&model->linear, OPERAND_XT, bench_linear(model, LINEAR_GATE_UP), model->linear.operand_b,
+    linear_operand(&model->linear, OPERAND_XT, bench_linear(model, LINEAR_GATE_UP), NULL, model->linear.operand_b,
                    model->config.C, bench_tokens(model), b->norm2, &b->x[LINEAR_GATE_UP], 1, NULL);
 }
 static void bench_unrotate(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->unrotate(real_floatX(model->dnorm), b->x[LINEAR_GATE_UP].mask, bench_tokens(model), model->config.C);
+    model->ops->unrotate(real_floatX(model->dnorm), b->x[LINEAR_GATE_UP].mask, NULL, bench_tokens(model), model->config.C);
 }
 static void bench_linears_forward(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];

@@ -13,7 +13,7 @@ typedef struct {
     float* rstd;
     floatX *keys, *values;  // (L, positions, NKV*HS)
     int32_t* tokens;
-    void* operand;
+    void *operand, *carried;
     int positions;
 } Generator;
 
@@ -37,13 +37,14 @@ static Generator generator_open(const Model* model, int positions) {
     g.values = (floatX*)ops->alloc((size_t)m->L * positions * KV * X, what);
     g.tokens = (int32_t*)ops->alloc(R * sizeof(int32_t), what);
     g.operand = ops->alloc(max_size(1, qtensor_bytes(&model->linear.recipe->x, GENERATE_ROWS, (int)widest)), what);
+    g.carried = ops->alloc(max_size(1, carrier_bytes(&model->linear, OPERAND_X, GENERATE_ROWS, (int)widest)), what);
     g.positions = positions;
     return g;
 }
 
 static void generator_close(const Model* model, Generator* g) {
     void* buffers[] = {g->x,      g->norm, g->qkv,  g->att,    g->projection, g->gate_up, g->act,
-                       g->logits, g->rstd, g->keys, g->values, g->tokens,     g->operand};
+                       g->logits, g->rstd, g->keys, g->values, g->tokens,     g->operand, g->carried};
     for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++) {
         model->ops->release(buffers[i]);
     }
@@ -54,20 +55,22 @@ static void generator_block(const Model* model, Generator* g, int l, int rows, i
     const ModelConfig* m = &model->config;
     LinearContext ctx = model->linear;
     ctx.telemetry = NULL;
+    ctx.operand_a = g->carried;
+    int padded = ctx.carrier ? (int)round_up(rows, 16) : rows;  // 8-bit products want multiples of 16
     const Linear* linears = model->linears + l * LINEAR_KINDS;
     AttentionShape shape = attention_shape(model, 1, rows);
     size_t cache = (size_t)l * g->positions * m->NKV * m->HS;
     QTensor x;
     ops->rmsnorm_forward(g->norm, g->rstd, g->x, model_weight(model, P_NORM1, l), rows, m->C, (float)m->rms_eps);
-    linear_forward(&ctx, &linears[LINEAR_QKV], g->qkv, &x, g->operand, g->norm, rows);
+    linear_forward(&ctx, &linears[LINEAR_QKV], g->qkv, &x, g->operand, g->norm, padded);
     ops->rope(g->qkv, model->rope_table, shape, position, 0);
     ops->attention_cached(g->att, g->keys + cache, g->values + cache, g->qkv, shape, position);
-    linear_forward(&ctx, &linears[LINEAR_O], g->projection, &x, g->operand, g->att, rows);
+    linear_forward(&ctx, &linears[LINEAR_O], g->projection, &x, g->operand, g->att, padded);
     ops->add(g->x, g->x, g->projection, (size_t)rows * m->C);
     ops->rmsnorm_forward(g->norm, g->rstd, g->x, model_weight(model, P_NORM2, l), rows, m->C, (float)m->rms_eps);
-    linear_forward(&ctx, &linears[LINEAR_GATE_UP], g->gate_up, &x, g->operand, g->norm, rows);
+    linear_forward(&ctx, &linears[LINEAR_GATE_UP], g->gate_up, &x, g->operand, g->norm, padded);
     ops->swiglu_forward(g->act, g->gate_up, rows, m->F);
-    linear_forward(&ctx, &linears[LINEAR_DOWN], g->projection, &x, g->operand, g->act, rows);
+    linear_forward(&ctx, &linears[LINEAR_DOWN], g->projection, &x, g->operand, g->act, padded);
     ops->add(g->x, g->x, g->projection, (size_t)rows * m->C);
 }
 

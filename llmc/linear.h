@@ -13,8 +13,6 @@
 typedef enum { LINEAR_QKV, LINEAR_O, LINEAR_GATE_UP, LINEAR_DOWN, LINEAR_KINDS } LinearKind;
 static const char* const LINEAR_NAMES[LINEAR_KINDS] = {"qkv", "o", "gate_up", "down"};
 
-typedef enum { OPERAND_X, OPERAND_W, OPERAND_DY, OPERAND_WT, OPERAND_DYT, OPERAND_XT } OperandId;
-
 typedef struct {
     LinearKind kind;
     int layer;
@@ -30,33 +28,85 @@ typedef struct { QuantStats x[LINEAR_KINDS], w[LINEAR_KINDS]; } LinearTelemetry;
 typedef struct {
     const Ops* ops;
     const Recipe* recipe;
+    const Carrier* carrier;      // NULL: products decode codes themselves
+    CarrierBase* bases;          // (layers, LINEAR_KINDS, OPERANDS), on the device
     Rounding option_rounding;    // --bwd-rounding
     uint64_t seed;
     const uint64_t* position;    // on the device: StepControl.position, which random numbers derive from
-    void *operand_a, *operand_b; // scratch of linear_scratch_bytes each: backward operands live here for one GEMM
-    LinearTelemetry* telemetry;  // or NULL
+    void *operand_a, *operand_b; // scratch of linear_scratch_bytes each: operands live here for one GEMM
+    LinearTelemetry* telemetry;  // on the device, or NULL
 } LinearContext;
 
-// A backward operand is at most (BT or OC or C) rows of its contraction dimension
-static size_t linear_scratch_bytes(const Recipe* recipe, int BT, int C, int OC) {
-    size_t a = max_size(qtensor_bytes(&recipe->dy, BT, OC), qtensor_bytes(&recipe->dyt, OC, BT));
-    size_t b = max_size(qtensor_bytes(&recipe->wt, C, OC), qtensor_bytes(&recipe->xt, C, BT));
-    return max_size(a, b);
+static const QuantSpec* recipe_spec(const Recipe* r, OperandId id) {
+    const QuantSpec* specs[OPERANDS] = {&r->x, &r->w, &r->dy, &r->wt, &r->dyt, &r->xt};
+    return specs[id];
+}
+
+// what the carrier multiplies of an operand: its elements, then the factors of its rows where it has such
+static size_t carrier_operand_bytes(const Carrier* carrier, OperandId id, int rows, int cols) {
+    return (size_t)rows * cols * (carrier->format[id] == FORMAT_FLOATX ? sizeof(floatX) : 1);
+}
+static size_t carrier_bytes(const LinearContext* ctx, OperandId id, int rows, int cols) {
+    if (!ctx->carrier || recipe_spec(ctx->recipe, id)->format == FORMAT_FLOATX) {
+        return 0;
+    }
+    size_t bytes = (size_t)round_up((int64_t)carrier_operand_bytes(ctx->carrier, id, rows, cols), 256);
+    return bytes + (ctx->carrier->row_base[id] ? sizeof(float) * (size_t)rows : 0);
+}
+
+// Scratch for one operand of any GEMM: the carrier's elements, or codes where products decode
+static size_t linear_scratch_bytes(const LinearContext* ctx, int BT, int C, int OC) {
+    const int shapes[OPERANDS][2] = {{BT, C}, {0, 0}, {BT, OC}, {C, OC}, {OC, BT}, {C, BT}};
+    size_t most = 0;
+    for (int id = 0; id < OPERANDS; id++) {
+        int rows = shapes[id][0], cols = shapes[id][1];
+        size_t codes = id == OPERAND_X ? 0 : qtensor_bytes(recipe_spec(ctx->recipe, (OperandId)id), rows, cols);
+        most = max_size(most, ctx->carrier ? carrier_bytes(ctx, (OperandId)id, rows, cols) : codes);
+    }
+    return most;
+}
+
+// what a weight keeps for the step
+static size_t linear_weight_bytes(const LinearContext* ctx, int C, int OC) {
+    return (size_t)round_up((int64_t)qtensor_bytes(&ctx->recipe->w, OC, C), 256) +
+           (size_t)round_up((int64_t)carrier_bytes(ctx, OPERAND_W, OC, C), 256);
+}
+
+// where an operand's parts lie: codes, scales and mask over `kept` (or nowhere, where NULL), the carrier's elements over
+// `scratch`
+static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, const Linear* linear, const QuantSpec* spec,
+                                     int rows, int cols, void* kept, void* scratch) {
+    if (!ctx->carrier) {
+        return qtensor_at(spec, rows, cols, kept ? kept : scratch);
+    }
+    QTensor out = qtensor_at(spec, rows, cols, kept);
+    if (!kept) {
+        out.codes = out.scales = NULL;
+        out.mask = NULL;
+    }
+    out.carrier = ctx->carrier->format[id];
+    out.operand = scratch;
+    if (ctx->carrier->row_base[id]) {
+        size_t bytes = (size_t)round_up((int64_t)carrier_operand_bytes(ctx->carrier, id, rows, cols), 256);
+        out.row_scale = (float*)((char*)scratch + bytes);
+    } else if (out.carrier != FORMAT_FLOATX) {
+        out.base = &ctx->bases[(linear->layer * LINEAR_KINDS + linear->kind) * OPERANDS + id];
+    }
+    return out;
 }
 
 // The operand (rows, cols) as the recipe's spec makes it of tensor, or of saved where the spec says so. transposed: the
 // source lies as (cols, rows). A spec without quantization is a view; transposition is then a flag that the GEMM
 // library reads at no cost.
-static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Linear* linear, void* memory, int rows,
-                              int cols, const floatX* tensor, const QTensor* saved, int transposed, QuantStats* stats) {
-    const Recipe* r = ctx->recipe;
-    const QuantSpec* specs[] = {&r->x, &r->w, &r->dy, &r->wt, &r->dyt, &r->xt};
-    QuantSpec spec = *specs[id];
+static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Linear* linear, void* kept, void* scratch,
+                              int rows, int cols, const floatX* tensor, const QTensor* saved, int transposed,
+                              QuantStats* stats) {
+    QuantSpec spec = *recipe_spec(ctx->recipe, id);
     if (spec.format == FORMAT_FLOATX) {
         return qtensor_view(tensor, rows, cols, transposed);
     }
     spec.rounding = spec.rounding == ROUND_OPTION ? ctx->option_rounding : spec.rounding;
-    QTensor out = qtensor_at(&spec, rows, cols, memory);
+    QTensor out = linear_operand_memory(ctx, id, linear, &spec, rows, cols, kept, scratch);
     // the two operands of a GEMM draw the same signs; every operand rounds with numbers of its own
     uint64_t gemm = (uint64_t)id / 2, kind = (uint64_t)linear->kind;
     QuantizeArgs args = {
@@ -76,26 +126,27 @@ static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Line
     return out;
 }
 
-// w for this step. memory: qtensor_bytes(w), kept until the next call.
+// w for this step. memory: linear_weight_bytes, kept until the next call.
 static void linear_quantize_weight(const LinearContext* ctx, Linear* linear, void* memory) {
     QuantStats* stats = ctx->telemetry ? &ctx->telemetry->w[linear->kind] : NULL;
-    linear->w = linear_operand(ctx, OPERAND_W, linear, memory, linear->OC, linear->C, linear->weight, NULL, 0, stats);
+    char* carried = (char*)memory + round_up((int64_t)qtensor_bytes(&ctx->recipe->w, linear->OC, linear->C), 256);
+    linear->w = linear_operand(ctx, OPERAND_W, linear, memory, carried, linear->OC, linear->C, linear->weight, NULL, 0,
+                               stats);
 }
 
-// out (BT, OC) = x . w^T. x, which backward needs, lies over memory of qtensor_bytes(x), or views inp where the recipe
-// is dense.
+// The operand x of inp (BT, C). memory: qtensor_bytes(x), what backward needs of it; a view of inp where the recipe is
+// dense. What the carrier multiplies lies in scratch until the next operand.
+static QTensor linear_input(const LinearContext* ctx, const Linear* linear, void* memory, const floatX* inp, int BT,
+                            QuantStats* stats) {
+    return linear_operand(ctx, OPERAND_X, linear, memory, ctx->operand_a, BT, linear->C, inp, NULL, 0, stats);
+}
+
+// out (BT, OC) = x . w^T
 static void linear_forward(const LinearContext* ctx, const Linear* linear, floatX* out, QTensor* x, void* memory,
                            const floatX* inp, int BT) {
-    QuantStats* stats = ctx->telemetry ? &ctx->telemetry->x[linear->kind] : NULL;
-    *x = linear_operand(ctx, OPERAND_X, linear, memory, BT, linear->C, inp, NULL, 0, stats);
+    *x = linear_input(ctx, linear, memory, inp, BT, ctx->telemetry ? &ctx->telemetry->x[linear->kind] : NULL);
     GemmArgs gemm = {.out = real_floatX(out), .accumulate = 0, .a = x, .b = &linear->w, .alpha = 1.0f};
     ctx->ops->gemm(&gemm);
-}
-
-// the operand x alone, as linear_forward made it of inp
-static void linear_operand_again(const LinearContext* ctx, const Linear* linear, QTensor* x, void* memory,
-                                 const floatX* inp, int BT) {
-    *x = linear_operand(ctx, OPERAND_X, linear, memory, BT, linear->C, inp, NULL, 0, NULL);
 }
 
 // dinp (BT, C) = gradient of inp; dweight += gradient of the weight, in rotated space where the recipe rotates
@@ -103,17 +154,17 @@ static void linear_backward(const LinearContext* ctx, const Linear* linear, floa
                             const QTensor* x, int BT) {
     const Recipe* recipe = ctx->recipe;
     int C = linear->C, OC = linear->OC;
-    QTensor dy = linear_operand(ctx, OPERAND_DY, linear, ctx->operand_a, BT, OC, dout, NULL, 0, NULL);
-    QTensor wt = linear_operand(ctx, OPERAND_WT, linear, ctx->operand_b, C, OC, linear->weight, &linear->w, 1, NULL);
+    void *a = ctx->operand_a, *b = ctx->operand_b;
+    QTensor dy = linear_operand(ctx, OPERAND_DY, linear, NULL, a, BT, OC, dout, NULL, 0, NULL);
+    QTensor wt = linear_operand(ctx, OPERAND_WT, linear, NULL, b, C, OC, linear->weight, &linear->w, 1, NULL);
     GemmArgs input = {.out = real_floatX(dinp), .accumulate = 0, .a = &dy, .b = &wt, .alpha = 1.0f};
     ctx->ops->gemm(&input);
     if (recipe_rotates(recipe) && recipe->wt.source == SOURCE_SAVED) {
-        ctx->ops->unrotate(real_floatX(dinp), recipe->x_grad == GRAD_TRUST_MASK ? x->mask : NULL, BT, C);
+        ctx->ops->unrotate(real_floatX(dinp), recipe->x_grad == GRAD_TRUST_MASK ? x->mask : NULL, dy.row_scale, BT, C);
     }
-    QTensor dyt = linear_operand(ctx, OPERAND_DYT, linear, ctx->operand_a, OC, BT, dout, NULL, 1, NULL);
-    QTensor xt = linear_operand(ctx, OPERAND_XT, linear, ctx->operand_b, C, BT, x->dense, x, 1, NULL);
-    GemmArgs weight = {
-        .out = linear->dweight, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};
+    QTensor dyt = linear_operand(ctx, OPERAND_DYT, linear, NULL, a, OC, BT, dout, NULL, 1, NULL);
+    QTensor xt = linear_operand(ctx, OPERAND_XT, linear, NULL, b, C, BT, x->dense, x, 1, NULL);
+    GemmArgs weight = {.out = linear->dweight, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};
     ctx->ops->gemm(&weight);
 }
 
@@ -121,7 +172,7 @@ static void linear_backward(const LinearContext* ctx, const Linear* linear, floa
 static void linear_finish_gradient(const LinearContext* ctx, const Linear* linear) {
     const Recipe* recipe = ctx->recipe;
     if (recipe_rotates(recipe) && recipe->xt.source == SOURCE_SAVED) {
-        ctx->ops->unrotate(linear->dweight, recipe->w_grad == GRAD_TRUST_MASK ? linear->w.mask : NULL, linear->OC,
-                               linear->C);
+        ctx->ops->unrotate(linear->dweight, recipe->w_grad == GRAD_TRUST_MASK ? linear->w.mask : NULL, NULL,
+                           linear->OC, linear->C);
     }
 }

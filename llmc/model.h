@@ -74,7 +74,8 @@ typedef struct {
     void* quantized_memory;
     int weights_quantized;  // do the forward operands of the weights match the weights?
     int32_t *inputs, *targets;
-    StepControl* control; // on the device
+    StepControl* control; // on the device, as
+    LinearTelemetry* telemetry;
 
     void* memory[MEMORY_CLASSES];
     size_t memory_bytes[MEMORY_CLASSES];
@@ -170,7 +171,7 @@ static void model_layout_backward(Model* model, Arena* arena) {
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         int C, OC;
         linear_shape(m, (LinearKind)kind, &C, &OC);
-        operand = max_size(operand, linear_scratch_bytes(model->linear.recipe, (int)BT, C, OC));
+        operand = max_size(operand, linear_scratch_bytes(&model->linear, (int)BT, C, OC));
     }
     model->linear.operand_a = arena_take(arena, operand);
     model->linear.operand_b = arena_take(arena, operand);
@@ -192,7 +193,7 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
         for (int i = 0; i < LINEAR_KINDS; i++) {
             int C, OC;
             linear_shape(m, (LinearKind)i, &C, &OC);
-            bytes += (size_t)round_up((int64_t)qtensor_bytes(&model->linear.recipe->w, OC, C), 256);
+            bytes += linear_weight_bytes(&model->linear, C, OC);
         }
         model->quantized_memory = arena_take(arena, bytes * m->L);
         break;
@@ -206,6 +207,9 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
         model->inputs = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
         model->targets = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
         model->control = (StepControl*)arena_take(arena, sizeof(StepControl));
+        model->telemetry = (LinearTelemetry*)arena_take(arena, sizeof(LinearTelemetry));
+        model->linear.bases =
+            (CarrierBase*)arena_take(arena, sizeof(CarrierBase) * (size_t)m->L * LINEAR_KINDS * OPERANDS);
         break;
     case MEMORY_CLASSES: break;
     }
@@ -281,6 +285,7 @@ static void model_prepare(Model* model, const Ops* ops, const ModelConfig* confi
     model->classifier_rows = classifier_chunk_rows(ops->classifier_bytes, B * T, config->V);
     model->linear.ops = ops;
     model->linear.recipe = recipe;
+    model->linear.carrier = ops->carrier();
     model_check(model);
     model->blocks = (BlockActivations*)calloc_or_die(sizeof(BlockActivations) * (size_t)config->L, "block table");
     model->linears = (Linear*)calloc_or_die(sizeof(Linear) * (size_t)config->L * LINEAR_KINDS, "linear table");
@@ -394,7 +399,7 @@ static void model_quantize_weights(Model* model) {
     for (int i = 0; i < model->config.L * LINEAR_KINDS; i++) {
         Linear* linear = &model->linears[i];
         linear_quantize_weight(&model->linear, linear, at);
-        at += round_up((int64_t)qtensor_bytes(&model->linear.recipe->w, linear->OC, linear->C), 256);
+        at += linear_weight_bytes(&model->linear, linear->C, linear->OC);
     }
     model->weights_quantized = 1;
 }
@@ -464,8 +469,8 @@ static void model_rebuild_block(Model* model, int l) {
         }
     }
     if (recompute >= RECOMPUTE_FFN) {
-        linear_operand_again(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN], &b->x[LINEAR_DOWN],
-                             b->x_memory[LINEAR_DOWN], b->act, BT);
+        b->x[LINEAR_DOWN] = linear_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN],
+                                         b->x_memory[LINEAR_DOWN], b->act, BT, NULL);
     }
 }
 

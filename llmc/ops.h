@@ -10,7 +10,7 @@
 //   token.
 // In-place use is allowed where a row says so and nowhere else.
 #pragma once
-#include "quant.h"
+#include "recipe.h"
 
 typedef struct { int B, T, NH, NKV, HS; } AttentionShape;
 
@@ -169,8 +169,11 @@ typedef struct Ops {
     // can this backend compute that spec?
     int (*quantize_supports)(const QuantSpec* spec);
     void (*gemm)(const GemmArgs* args);
-    // x (rows, cols) = H (x * mask) in place: undoes trust mask and rotation of a gradient that lies in rotated space
-    void (*unrotate)(RealArray x, const uint32_t* mask, int rows, int cols);
+    // what products multiply instead of codes, as chosen at the start; NULL: they decode codes themselves
+    const Carrier* (*carrier)(void);
+    // x (rows, cols) = H (x * mask) in place: undoes trust mask and rotation of a gradient that lies in rotated space.
+    // mask and row_scale may be NULL; row_scale (rows): powers of two that x's rows owe
+    void (*unrotate)(RealArray x, const uint32_t* mask, const float* row_scale, int rows, int cols);
 
     // sums, deterministic: the order does not depend on the number of threads. *sum += the losses; *sum = the squares
     // of x

@@ -9,6 +9,32 @@
 #pragma once
 #include "quant.h"
 
+// the six operands; two and two are of one GEMM
+typedef enum { OPERAND_X, OPERAND_W, OPERAND_DY, OPERAND_WT, OPERAND_DYT, OPERAND_XT, OPERANDS } OperandId;
+
+// What a GPU's instructions multiply in place of codes and scales: the same values, or nearly (see CarrierBase). For
+// each operand its type, and whether each row has a base of its own: a factor that the reader of the product's rows owes.
+typedef struct {
+    const char* name;
+    Format format[OPERANDS];
+    int row_base[OPERANDS];
+} Carrier;
+
+static const Carrier CARRIERS[] = {
+    {"bf16", {FORMAT_FLOATX, FORMAT_FLOATX, FORMAT_FLOATX, FORMAT_FLOATX, FORMAT_FLOATX, FORMAT_FLOATX}, {0}},
+    {"fp8", {FORMAT_E4M3, FORMAT_E4M3, FORMAT_E5M2, FORMAT_E4M3, FORMAT_E5M2, FORMAT_E4M3}, {0, 0, 1, 0, 0, 0}},
+};
+#define CARRIER_COUNT ((int)(sizeof CARRIERS / sizeof CARRIERS[0]))
+
+static const Carrier* carrier_find(const char* name) {
+    for (int i = 0; i < CARRIER_COUNT; i++) {
+        if (!strcmp(CARRIERS[i].name, name)) {
+            return &CARRIERS[i];
+        }
+    }
+    return NULL;
+}
+
 typedef enum {
     GRAD_STRAIGHT,    // straight-through: the quantizer's derivative is 1
     GRAD_TRUST_MASK,  // 1 where the forward operand was not clipped, else 0 (QuEST, Quartet)

@@ -13,9 +13,10 @@ object a line: {"type":"step","step":N,"loss":x,...} and, at the end, {"type":"v
 validation samples. --compare alone (with --out) only prints the table of two finished runs.
 
 Arithmetic of bf16: f32 master weights, cast to bf16 where they multiply; activations and residual stream bf16; norm
-statistics, rotation, SwiGLU and cross-entropy in f32 inside; the gradient of a weight is bf16 a micro-batch (f32 in train_llama)
-and is summed in f32. Arithmetic of quartet: fake quantization, the values of MXFP4 held in bf16 (exact), products in bf16
-with f32 sums; backward to nearest; the signs of the backward rotation are all +1 (train_llama draws them each step).
+statistics, rotation, SwiGLU and cross-entropy in f32 inside; the gradient of a weight is bf16 a micro-batch (f32 in
+train_llama) and is summed in f32. Arithmetic of quartet: fake quantization, the values of MXFP4 held in bf16 (exact),
+products in bf16 with f32 sums; backward to nearest; the signs of the backward rotation are all +1 (train_llama draws
+them each step).
 Needs torch 2.5 or newer and numpy.
 """
 import argparse
@@ -343,10 +344,12 @@ def train(o):
     optimizer = make_optimizer(model, o)
     shards = Shards(o.train, "train", o.seq_len)
     rows = o.batch_tokens // o.seq_len
-    assert rows * o.seq_len == o.batch_tokens and rows % o.micro_batch == 0, "batch, sequence and micro-batch do not fit"
+    assert rows * o.seq_len == o.batch_tokens, "--batch-tokens is not a multiple of --seq-len"
+    assert rows % o.micro_batch == 0, f"--micro-batch does not divide the {rows} rows of a step"
     compiled = torch.compile(model) if o.device == "cuda" and not o.no_compile else model
-    print(f"torch {torch.__version__}, {o.device}, {o.recipe}, {sum(p.numel() for p in model.parameters())} parameters, "
-          f"{shards.samples} samples, {rows} rows a step of {o.micro_batch}", flush=True)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"torch {torch.__version__}, {o.device}, {o.recipe}, {count} parameters, {shards.samples} samples of "
+          f"{o.seq_len}, {rows} rows a step in micro-batches of {o.micro_batch}", flush=True)
     with open(o.out, "w") as out:
         def record(kind, **fields):
             out.write(json.dumps({"type": kind, **fields}) + "\n")

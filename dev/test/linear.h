@@ -112,7 +112,7 @@ static void golden_backward(const SafetensorsFile* file, const char* raw_name, c
     golden_expect_product(file, raw_name, out, error, n);
     GemmArgs owed = {.out = real_f32(out), .accumulate = 0, .a = a, .b = b, .alpha = 1.0f};
     CPU_OPS.gemm(&owed);
-    CPU_OPS.unrotate(real_f32(out), mask, a->rows, b->rows);
+    CPU_OPS.unrotate(real_f32(out), mask, NULL, a->rows, b->rows);
     for (size_t i = 0; i < n; i++) {
         value[i] *= 16.0 / 9.0;
         error[i] *= 16.0 / 9.0;
@@ -210,13 +210,13 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     c.y = test_tensor((size_t)BT * OC, 34, 1.0);
     c.dx = test_tensor((size_t)BT * C, 35, 1.0);
     const Recipe* r = recipe_find(recipe);
-    size_t scratch = linear_scratch_bytes(r, BT, C, OC);
     c.dw = (float*)calloc_or_die((size_t)OC * C * sizeof(float), "test");
     c.ctx.ops = &CPU_OPS;
     c.ctx.recipe = r;
     c.ctx.option_rounding = rounding;
     c.ctx.seed = 4321;
     c.ctx.position = &TEST_POSITION;
+    size_t scratch = linear_scratch_bytes(&c.ctx, BT, C, OC);
     c.ctx.operand_a = malloc_or_die(scratch, "test");
     c.ctx.operand_b = malloc_or_die(scratch, "test");
     c.linear.kind = LINEAR_GATE_UP;
@@ -225,7 +225,7 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     c.linear.OC = OC;
     c.linear.weight = c.w;
     c.linear.dweight = real_f32(c.dw);
-    c.w_memory = malloc_or_die(qtensor_bytes(&r->w, OC, C), "test");
+    c.w_memory = malloc_or_die(linear_weight_bytes(&c.ctx, C, OC), "test");
     c.x_memory = malloc_or_die(qtensor_bytes(&r->x, BT, C), "test");
     linear_quantize_weight(&c.ctx, &c.linear, c.w_memory);
     linear_forward(&c.ctx, &c.linear, c.y, &c.saved, c.x_memory, c.x, BT);
@@ -369,7 +369,7 @@ static void test_linear_dense(int BT, int C, int OC) {
 static void test_linear_fresh_signs(void) {
     LinearCase c = linear_case("quartet", ROUND_NEAREST, 32, 64, 32);
     void* memory = malloc_or_die(qtensor_bytes(&c.ctx.recipe->dy, 32, 32), "test");
-    QTensor base = linear_operand(&c.ctx, OPERAND_DY, &c.linear, memory, 32, 32, c.dy, NULL, 0, NULL);
+    QTensor base = linear_operand(&c.ctx, OPERAND_DY, &c.linear, NULL, memory, 32, 32, c.dy, NULL, 0, NULL);
     for (int change = 0; change < 7; change++) {
         LinearContext ctx = c.ctx;
         Linear linear = c.linear;
@@ -379,7 +379,7 @@ static void test_linear_fresh_signs(void) {
         linear.layer += change == 4;
         linear.kind = change == 5 ? LINEAR_DOWN : linear.kind;
         OperandId id = change == 6 ? OPERAND_DYT : OPERAND_DY;
-        QTensor other = linear_operand(&ctx, id, &linear, ctx.operand_a, 32, 32, c.dy, NULL, 0, NULL);
+        QTensor other = linear_operand(&ctx, id, &linear, NULL, ctx.operand_a, 32, 32, c.dy, NULL, 0, NULL);
         int same = qtensor_first_difference(&base, &other, 32) == -1;
         expect(same == (change == 0), "signs: change %d gives %s operand", change, same ? "the same" : "another");
     }
@@ -394,7 +394,7 @@ static void test_linear_fresh_signs(void) {
 
 #define UNBIASED_SEEDS 10000
 
-static void unrotate_nothing(RealArray, const uint32_t*, int, int) {}
+static void unrotate_nothing(RealArray, const uint32_t*, const float*, int, int) {}
 
 typedef struct { size_t n, beyond4, beyond6; double mean_square; } Deviations;
 

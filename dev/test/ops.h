@@ -339,8 +339,8 @@ static void test_ops_unrotate(int rows, int cols) {
             x32[i] = floatX_to_f32(x[i]);
         }
         unrotate_f64(want, error, with_mask ? mask : NULL, n);
-        CPU_OPS.unrotate(real_floatX(x), with_mask ? mask : NULL, rows, cols);
-        CPU_OPS.unrotate(real_f32(x32), with_mask ? mask : NULL, rows, cols);
+        CPU_OPS.unrotate(real_floatX(x), with_mask ? mask : NULL, NULL, rows, cols);
+        CPU_OPS.unrotate(real_f32(x32), with_mask ? mask : NULL, NULL, rows, cols);
         Near near = near_floatX(x, n), near32 = near_f32(x32, n);
         near_want_all(&near, want, error);
         near_want_all(&near32, want, error);
@@ -410,7 +410,7 @@ static void test_ops_nan(void) {
             test_qtensor_free(&b);
         }
         memcpy(y, x, n * sizeof(floatX));
-        CPU_OPS.unrotate(real_floatX(y), NULL, BT, C);
+        CPU_OPS.unrotate(real_floatX(y), NULL, NULL, BT, C);
         expect(has_nan(y + i / GROUP * GROUP, GROUP), "unrotate loses a NaN");
         sums[0] = NAN;
         StepControl control = test_control(1.0f, 0.9, 0.9, 1);

@@ -495,7 +495,7 @@ static void test_quant_rotation(void) {
                 restored[l * GROUP + k] = tile[s].v[k][l];
             }
         }
-        CPU_OPS.unrotate(real_f32(restored), NULL, rows, GROUP);
+        CPU_OPS.unrotate(real_f32(restored), NULL, NULL, rows, GROUP);
         tile_hadamard(&tile[s]);
         tile_flip_signs(&tile[s], 0xDEADBEEFu);
         for (int l = 0; l < rows; l++) {

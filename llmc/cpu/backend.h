@@ -11,6 +11,7 @@ static void cpu_zero(void* memory, size_t bytes) { memset(memory, 0, bytes); }
 static void cpu_copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
 static void cpu_synchronize(void) {}
+static const Carrier* cpu_carrier(void) { return NULL; }
 static void cpu_reserve(AttentionShape shape) { (void)shape; }  // grows as it goes
 
 static size_t cpu_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
@@ -116,6 +117,7 @@ static const Ops CPU_OPS = {
     .quantize = cpu_quantize,
     .quantize_supports = cpu_quantize_supports,
     .gemm = cpu_gemm,
+    .carrier = cpu_carrier,
     .unrotate = cpu_unrotate,
     .loss_sum = cpu_loss_sum,
     .sum_squares = cpu_sum_squares,

@@ -323,7 +323,7 @@ static void cpu_quantize(const QuantizeArgs* args) {
 }
 
 // x (rows, cols) = H (x * mask), of floatX or f32, by tiles: undoes mask and rotation
-static void unrotate_tile(RealArray x, const uint32_t* mask, int r0, int c0, int cols, int lanes) {
+static void unrotate_tile(RealArray x, const uint32_t* mask, const float* row_scale, int r0, int c0, int cols, int lanes) {
     Tile tile;
     float line[GROUP];
     if (lanes < TILE_LANES) {
@@ -332,9 +332,10 @@ static void unrotate_tile(RealArray x, const uint32_t* mask, int r0, int c0, int
     for (int l = 0; l < lanes; l++) {
         size_t first = (size_t)(r0 + l) * cols + c0;
         uint32_t keep = mask ? mask[first / GROUP] : ~0u;
+        float factor = row_scale ? row_scale[r0 + l] : 1.0f;
         for (int k = 0; k < GROUP; k++) {
             float v = real_get(x, first + (size_t)k);
-            line[k] = keep >> k & 1u ? v : 0.0f;
+            line[k] = keep >> k & 1u ? v * factor : 0.0f;
         }
         for (int k = 0; k < GROUP; k++) {
             tile.v[k][l] = line[k];
@@ -352,12 +353,12 @@ static void unrotate_tile(RealArray x, const uint32_t* mask, int r0, int c0, int
     }
 }
 
-static void cpu_unrotate(RealArray x, const uint32_t* mask, int rows, int cols) {
+static void cpu_unrotate(RealArray x, const uint32_t* mask, const float* row_scale, int rows, int cols) {
     int tiles = (int)ceil_div(rows, TILE_LANES), blocks = cols / GROUP;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int tile = 0; tile < tiles; tile++) {
         for (int block = 0; block < blocks; block++) {
-            unrotate_tile(x, mask, tile * TILE_LANES, block * GROUP, cols,
+            unrotate_tile(x, mask, row_scale, tile * TILE_LANES, block * GROUP, cols,
                           min_int(TILE_LANES, rows - tile * TILE_LANES));
         }
     }
