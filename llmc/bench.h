@@ -147,7 +147,7 @@ static double bench_adamw_bytes(const Model* model) {
 }
 static void bench_embedding_backward(Model* model) {
     model->ops->embedding_backward(model_grad(model, P_EMBED, -1), model->dresidual, model->inputs, bench_tokens(model),
-                                   model->config.C);
+                                   model->config.V, model->config.C);
 }
 static void bench_crossentropy(Model* model) {
     model->ops->crossentropy(model->losses, model->logits, model->targets, model->classifier_rows, model->config.V,

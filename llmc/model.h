@@ -595,7 +595,7 @@ static void model_backward(Model* model) {
     for (int l = m->L - 1; l >= 0; l--) {
         model_backward_block(model, l);
     }
-    ops->embedding_backward(model_grad(model, P_EMBED, -1), model->dresidual, model->inputs, BT, m->C);
+    ops->embedding_backward(model_grad(model, P_EMBED, -1), model->dresidual, model->inputs, BT, m->V, m->C);
 }
 
 static void model_zero_gradients(Model* model) {

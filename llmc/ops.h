@@ -125,7 +125,7 @@ typedef struct Ops {
     // out (BT, C) = weight[token]; weight (V, C)
     void (*embedding_forward)(floatX* out, const int32_t* tokens, const floatX* weight, int BT, int C);
     // dweight (V, C) += the rows of dout (BT, C) that stand at each token, in token order, summed in f32
-    void (*embedding_backward)(RealArray dweight, const floatX* dout, const int32_t* tokens, int BT, int C);
+    void (*embedding_backward)(RealArray dweight, const floatX* dout, const int32_t* tokens, int BT, int V, int C);
 
     // out (BT, C) = inp / rms(inp) * weight, rms = sqrt(mean(inp^2) + eps); rstd (BT) = 1/rms is kept for backward
     void (*rmsnorm_forward)(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int BT, int C,

@@ -18,11 +18,11 @@ static void test_cuda_model(void) { printf("skip cuda_model: this binary was bui
 #define MODEL_B 4
 #define MODEL_T 96
 
-static void cuda_model_make(Model* model, const Ops* ops, int HS, int tied) {
+static void cuda_model_make(Model* model, const Ops* ops, int HS, int tied, TrainingMemory training) {
     ModelConfig m = {.name = "test", .L = 2, .C = 4 * HS, .NH = 4, .NKV = 2, .HS = HS, .F = 11 * HS, .V = 320,
                      .tied = tied, .max_positions = MODEL_T, .rope_theta = 1e4, .rms_eps = 1e-5, .rope_factor = 0,
                      .rope_low = 0, .rope_high = 0, .rope_original = 0};
-    model_prepare(model, ops, &m, recipe_find("bf16"), MEMORY_EXACT, MODEL_B, MODEL_T);
+    model_prepare(model, ops, &m, recipe_find("bf16"), training, MODEL_B, MODEL_T);
     model->linear.option_rounding = ROUND_NEAREST;
     model_allocate(model);
 }
@@ -267,15 +267,106 @@ static void cuda_test_model_generate(Model* gpu_model, Model* cpu_model) {
     expect(memcmp(a, c, sizeof a) != 0, "HS %d: another token is not seen", cpu_model->config.HS);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// memory and graphs
+
+// gradients do not depend on what is made again
+static void cuda_test_model_recompute(const Model* cpu_model) {
+    float* want = NULL;
+    double loss;
+    for (int level = 0; level < RECOMPUTE_LEVELS; level++) {
+        Model model;
+        TrainingMemory training = MEMORY_EXACT;
+        training.recompute = (Recompute)level;
+        cuda_model_make(&model, &CUDA_OPS, cpu_model->config.HS, cpu_model->config.tied, training);
+        model_state_copy(&model, cpu_model);
+        float* got = model_gradients(&model, &loss);
+        if (level == 0) {
+            want = got;
+        } else {
+            expect(!memcmp(got, want, model.table.elements * sizeof(float)), "--recompute %s changes gradients",
+                   RECOMPUTE_NAMES[level]);
+            got[model.table.elements / 2] += 1.0f;
+            expect(memcmp(got, want, model.table.elements * sizeof(float)) != 0, "a changed gradient is not seen");
+            free(got);
+        }
+        model_free(&model);
+    }
+    free(want);
+}
+
+typedef struct { Model* model; double lr; } ReplayedStep;
+static void replayed_step(void* argument) {
+    Model* model = ((ReplayedStep*)argument)->model;
+    Comm comm = {.rank = 0, .size = 1};
+    Config config;
+    memset(&config, 0, sizeof config);
+    config.beta1 = 0.9, config.beta2 = 0.95, config.eps = 1e-8, config.weight_decay = 0.1, config.grad_clip = 1.0;
+    model_zero_gradients(model);
+    model_run_forward(model, 1.0f / (MODEL_B * MODEL_T), 1);
+    model_backward(model);
+    model_finish_gradients(model);
+    optimizer_step(model, &comm, &config);
+}
+
+// losses of 6 steps, recorded or issued
+static void replay_curve(double* losses, Model* model, int recorded) {
+    int32_t inputs[MODEL_B * MODEL_T], targets[MODEL_B * MODEL_T];
+    ReplayedStep step = {model, 2e-3};
+    for (int s = 0; s < 6; s++) {
+        model_batch(inputs, targets, s, model->config.V);
+        model_begin_step(model, step.lr * (s + 1), 0.9, 0.95, s + 1);
+        model_load_batch(model, inputs, targets, s, 0);
+        if (recorded) {
+            CUDA_OPS.replay(GRAPH_IDS - 1, replayed_step, &step);
+        } else {
+            replayed_step(&step);
+        }
+        losses[s] = model_read_control(model).loss_sum;
+    }
+}
+
+// a recorded step does what the issued one does, with and without a master copy; both learn
+static void cuda_test_model_replay(const Model* cpu_model, int lean) {
+    TrainingMemory training = {RECOMPUTE_NONE, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, 1};
+    double losses[2][6];
+    char* states[2];
+    for (int recorded = 0; recorded < 2; recorded++) {
+        Model model;
+        cuda_model_make(&model, &CUDA_OPS, cpu_model->config.HS, cpu_model->config.tied, training);
+        size_t x_bytes = model.table.elements * X_BYTES;
+        CUDA_OPS.copy_to_device(model.params, cpu_model->params, x_bytes);
+        CUDA_OPS.copy_to_device(model.master, cpu_model->master, model.table.elements * sizeof(float));
+        float* master = model.master;
+        model.master = lean ? NULL : master;
+        recorded_work[GRAPH_IDS - 1] = (RecordedWork){0, NULL};
+        replay_curve(losses[recorded], &model, recorded);
+        states[recorded] = (char*)malloc_or_die(x_bytes, "test");
+        CUDA_OPS.copy_to_host(states[recorded], model.params, x_bytes);
+        model.master = master;
+        if (recorded) {
+            expect(recorded_work[GRAPH_IDS - 1].graph != NULL, "nothing was recorded");
+            expect_bits(states[0], states[1], x_bytes, "weights after recorded steps");
+        }
+        model_free(&model);
+    }
+    expect(!memcmp(losses[0], losses[1], sizeof losses[0]), "lean %d: losses of recorded steps differ", lean);
+    expect(losses[0][5] < 0.97 * losses[0][1], "lean %d: does not learn: %g after %g", lean, losses[0][5], losses[0][1]);
+    test_free(states[0], states[1]);
+}
+
 static void cuda_test_model_size(int HS, int tied) {
     Model cpu_model, gpu_model, twin;
-    cuda_model_make(&cpu_model, cpu_backend(), HS, tied);
-    cuda_model_make(&gpu_model, &CUDA_OPS, HS, tied);
-    cuda_model_make(&twin, &CUDA_OPS, HS, tied);
+    cuda_model_make(&cpu_model, cpu_backend(), HS, tied, MEMORY_EXACT);
+    cuda_model_make(&gpu_model, &CUDA_OPS, HS, tied, MEMORY_EXACT);
+    cuda_model_make(&twin, &CUDA_OPS, HS, tied, MEMORY_EXACT);
     cuda_model_fill(&cpu_model);
     model_state_copy(&gpu_model, &cpu_model);
     model_state_copy(&twin, &cpu_model);
     cuda_test_model_gradients(&gpu_model, &cpu_model);
+    cuda_test_model_recompute(&cpu_model);
+    cuda_test_model_replay(&cpu_model, 0);
+    cuda_test_model_replay(&cpu_model, 1);
     cuda_test_model_curve(&gpu_model, &twin, &cpu_model);
     cuda_test_model_checkpoint(&gpu_model, &cpu_model, "GPU to CPU");
     cuda_test_model_checkpoint(&cpu_model, &gpu_model, "CPU to GPU");

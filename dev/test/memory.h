@@ -116,8 +116,8 @@ static void test_narrow_gradients(void) {
             CPU_OPS.rmsnorm_backward(dx, real_floatX(narrow), dout, NULL, x, weight, rstd, BT, C);
             CPU_OPS.rmsnorm_backward(dx, real_f32(wide), dout, NULL, x, weight, rstd, BT, C);
         } else {
-            CPU_OPS.embedding_backward(real_floatX(narrow), dout, tokens, BT, C);
-            CPU_OPS.embedding_backward(real_f32(wide), dout, tokens, BT, C);
+            CPU_OPS.embedding_backward(real_floatX(narrow), dout, tokens, BT, V, C);
+            CPU_OPS.embedding_backward(real_f32(wide), dout, tokens, BT, V, C);
         }
         for (int i = 0; i < V * C; i++) {
             floatX want = f32_to_floatX(wide[i]);

@@ -30,7 +30,7 @@ static void test_ops_embedding(int BT, int V, int C) {
         dweight[i] = want[i] = (float)i * 0.01f;  // += is part of the contract
         size[i] = want[i] * want[i];
     }
-    CPU_OPS.embedding_backward(real_f32(dweight), dout, tokens, BT, C);
+    CPU_OPS.embedding_backward(real_f32(dweight), dout, tokens, BT, V, C);
     for (int i = 0; i < BT * C; i++) {
         size_t at = (size_t)tokens[i / C] * C + i % C;
         want[at] += (double)floatX_to_f32(dout[i]);

@@ -54,7 +54,9 @@ static void embedding_backward_floatX(floatX* dweight, const floatX* dout, const
     free(first);
 }
 
-static void cpu_embedding_backward(RealArray dweight, const floatX* dout, const int32_t* tokens, int BT, int C) {
+static void cpu_embedding_backward(RealArray dweight, const floatX* dout, const int32_t* tokens, int BT, int V,
+                                   int C) {
+    (void)V;
     if (dweight.type == REAL_FLOATX) {
         embedding_backward_floatX((floatX*)dweight.data, dout, tokens, BT, C);
         return;

@@ -86,6 +86,7 @@ static void cuda_copy_to_host(void* host, const void* device, size_t bytes) {
     cuda_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream));
     cuda_check(cudaStreamSynchronize(gpu.stream));
 }
+static const Carrier* cuda_carrier(void) { return gpu.carrier; }
 static void cuda_synchronize(void) { cuda_check(cudaStreamSynchronize(gpu.stream)); }
 
 static size_t cuda_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
@@ -104,7 +105,7 @@ static int cuda_quantize_supports(const QuantSpec* spec) {
     return spec->format == FORMAT_FLOATX && spec->scale == SCALE_NONE && spec->rotation == ROTATE_NONE;
 }
 static void cuda_quantize(const QuantizeArgs*) { die(EXIT_UNEXPECTED, "internal: no quantizer on CUDA yet"); }
-static void cuda_unrotate(RealArray, const uint32_t*, int, int) {
+static void cuda_unrotate(RealArray, const uint32_t*, const float*, int, int) {
     die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet");
 }
 
@@ -226,6 +227,7 @@ static const Ops CUDA_OPS = {
     .quantize = cuda_quantize,
     .quantize_supports = cuda_quantize_supports,
     .gemm = cuda_gemm,
+    .carrier = cuda_carrier,
     .unrotate = cuda_unrotate,
     .loss_sum = cuda_loss_sum,
     .sum_squares = cuda_sum_squares,

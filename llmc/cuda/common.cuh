@@ -30,6 +30,7 @@ typedef struct {
     void* workspace;        // of cuBLASLt
     size_t workspace_bytes;
     float* partial;         // block partial sums, CUDA_PARTIALS floats
+    const Carrier* carrier; // of quantized operands
 } CudaContext;
 static CudaContext gpu;
 

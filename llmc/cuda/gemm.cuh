@@ -2,7 +2,8 @@
 //
 // cuBLASLt is column-major: our row-major out (M, N) is its (N, M), so it computes op(b) op(a). A matrix that lies
 // K-contiguous is taken transposed ("T") on the left and plain ("N") on the right, one that lies transposed the other
-// way round; no copy is ever made. A plan (descriptors and algorithm) is made once per shape: the heuristic's
+// way round; no copy is ever made. Quantized operands come as the carrier's bytes, always K-contiguous, with 2^base in
+// device memory. A plan (descriptors and algorithm) is made once per shape: the heuristic's
 // candidates are timed on the real operands, into a scratch output where the product accumulates, and the fastest is
 // kept. f32 accumulation.
 #pragma once
@@ -13,9 +14,10 @@
 #define GEMM_MARGIN 0.95f  // another candidate must be that much faster: noise must not choose, or bits would change
 #define GEMM_WORKSPACE ((size_t)64 << 20)
 
+// alignment: of all three pointers in bytes, at most 256. a_format, b_format: FLOATX, or E4M3, E5M2 of a carrier
 typedef struct {
-    int M, N, K, a_transposed, b_transposed, out_type, accumulate, alignment;
-} GemmKey;  // alignment: of all three pointers in bytes, at most 256
+    int M, N, K, a_transposed, b_transposed, a_format, b_format, out_type, accumulate, fast, alignment;
+} GemmKey;
 
 typedef struct {
     GemmKey key;
@@ -24,6 +26,10 @@ typedef struct {
     cublasLtMatmulAlgo_t algorithm;
     double seconds;  // of the chosen algorithm when it was measured
 } GemmPlan;
+
+// 8-bit products add up in the tensor cores' own registers (about 14 bits below the largest term) for the whole of K
+// instead of leaving them for f32 ones every few steps
+static int gemm_fast_accumulate = 1;
 
 static GemmPlan gemm_plans[GEMM_PLANS];
 static int gemm_plan_count;
@@ -34,12 +40,20 @@ static void blas_check_at(cublasStatus_t status, const char* call, const char* f
 #define blas_check(call) blas_check_at((call), #call, __FILE__, __LINE__)
 
 static cudaDataType_t gemm_floatX_type(void) { return sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F; }
+static cudaDataType_t gemm_type(int format) {
+    return format == FORMAT_E4M3 ? CUDA_R_8F_E4M3 : format == FORMAT_E5M2 ? CUDA_R_8F_E5M2 : gemm_floatX_type();
+}
+
+// what the library multiplies
+static const void* gemm_operand(const QTensor* q) { return q->operand ? q->operand : (const void*)q->dense; }
+static Format gemm_format(const QTensor* q) { return q->operand ? q->carrier : FORMAT_FLOATX; }
 
 static cublasStatus_t gemm_run(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorithm, void* out,
                                const GemmArgs* args) {
     float alpha = args->alpha * (args->a->owed * args->b->owed), beta = args->accumulate ? 1.0f : 0.0f;
-    return cublasLtMatmul(gpu.blas, plan->operation, &alpha, args->b->dense, plan->b, args->a->dense, plan->a, &beta,
-                          out, plan->out, out, plan->out, algorithm, gpu.workspace, gpu.workspace_bytes, gpu.stream);
+    return cublasLtMatmul(gpu.blas, plan->operation, &alpha, gemm_operand(args->b), plan->b, gemm_operand(args->a),
+                          plan->a, &beta, out, plan->out, out, plan->out, algorithm, gpu.workspace, gpu.workspace_bytes,
+                          gpu.stream);
 }
 
 // milliseconds of one run, the best of five; a candidate that fails takes forever
@@ -66,17 +80,22 @@ static float gemm_time(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorit
 
 static void gemm_describe(GemmPlan* plan) {
     const GemmKey* k = &plan->key;
-    cudaDataType_t type = gemm_floatX_type(), out_type = k->out_type == REAL_F32 ? CUDA_R_32F : type;
+    cudaDataType_t out_type = k->out_type == REAL_F32 ? CUDA_R_32F : gemm_floatX_type();
     cublasOperation_t op_b = k->b_transposed ? CUBLAS_OP_N : CUBLAS_OP_T,
                       op_a = k->a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     blas_check(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     blas_check(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof op_b));
     blas_check(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
+    if (k->fast) {
+        int8_t fast = 1;
+        blas_check(
+            cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast));
+    }
     int64_t M = k->M, N = k->N, K = k->K;
-    blas_check(cublasLtMatrixLayoutCreate(&plan->b, type, k->b_transposed ? N : K, k->b_transposed ? K : N,
-                                          k->b_transposed ? N : K));
-    blas_check(cublasLtMatrixLayoutCreate(&plan->a, type, k->a_transposed ? M : K, k->a_transposed ? K : M,
-                                          k->a_transposed ? M : K));
+    blas_check(cublasLtMatrixLayoutCreate(&plan->b, gemm_type(k->b_format), k->b_transposed ? N : K,
+                                          k->b_transposed ? K : N, k->b_transposed ? N : K));
+    blas_check(cublasLtMatrixLayoutCreate(&plan->a, gemm_type(k->a_format), k->a_transposed ? M : K,
+                                          k->a_transposed ? K : M, k->a_transposed ? M : K));
     blas_check(cublasLtMatrixLayoutCreate(&plan->out, out_type, N, M, N));
 }
 
@@ -128,14 +147,38 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
     }
 }
 
+// The factors 2^base of the operands, in device memory. Before the plan is chosen: the heuristic wants to know of them.
+static void gemm_set_scales(const GemmPlan* plan, const GemmArgs* args) {
+    const QTensor* operands[] = {args->b, args->a};
+    const cublasLtMatmulDescAttributes_t attributes[] = {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                                                         CUBLASLT_MATMUL_DESC_B_SCALE_POINTER};
+    for (int i = 0; i < 2; i++) {
+        const float* scale = operands[i]->base ? &operands[i]->base->scale : NULL;
+        if (gemm_format(operands[i]) != FORMAT_FLOATX) {
+            blas_check(cublasLtMatmulDescSetAttribute(plan->operation, attributes[i], &scale, sizeof scale));
+        }
+    }
+}
+
 static const GemmPlan* gemm_plan(const GemmArgs* args) {
-    GemmKey key = {args->a->rows,       args->b->rows,  args->a->cols,   args->a->transposed,
-                   args->b->transposed, args->out.type, args->accumulate, 0};
-    uintptr_t bits = (uintptr_t)args->a->dense | (uintptr_t)args->b->dense | (uintptr_t)args->out.data;
+    Format a_format = gemm_format(args->a), b_format = gemm_format(args->b);
+    GemmKey key = {args->a->rows,
+                   args->b->rows,
+                   args->a->cols,
+                   args->a->transposed,
+                   args->b->transposed,
+                   a_format,
+                   b_format,
+                   args->out.type,
+                   args->accumulate,
+                   a_format != FORMAT_FLOATX && gemm_fast_accumulate,
+                   0};
+    uintptr_t bits = (uintptr_t)gemm_operand(args->a) | (uintptr_t)gemm_operand(args->b) | (uintptr_t)args->out.data;
     for (key.alignment = 256; bits % (uintptr_t)key.alignment; key.alignment /= 2) {
     }
     for (int i = 0; i < gemm_plan_count; i++) {
         if (!memcmp(&gemm_plans[i].key, &key, sizeof key)) {
+            gemm_set_scales(&gemm_plans[i], args);
             return &gemm_plans[i];
         }
     }
@@ -143,14 +186,14 @@ static const GemmPlan* gemm_plan(const GemmArgs* args) {
     GemmPlan* plan = &gemm_plans[gemm_plan_count];
     plan->key = key;
     gemm_describe(plan);
+    gemm_set_scales(plan, args);
     gemm_choose(plan, args);
     gemm_plan_count++;
     return plan;
 }
 
 static void cuda_gemm(const GemmArgs* args) {
-    check(args->a->format == FORMAT_FLOATX && args->b->format == FORMAT_FLOATX,
-          "internal: no carrier for quantized operands on CUDA");
+    check(gemm_operand(args->a) && gemm_operand(args->b), "internal: an operand without what the GPU multiplies");
     check(args->a->cols == args->b->cols, "internal: a GEMM contracts %d with %d", args->a->cols, args->b->cols);
     const GemmPlan* plan = gemm_plan(args);
     blas_check(gemm_run(plan, &plan->algorithm, args->out.data, args));

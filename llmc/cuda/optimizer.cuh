@@ -3,8 +3,14 @@
 //
 // Sums are deterministic: a fixed grid of blocks, each over its own elements in a fixed order, then one block over the
 // partial sums.
+//
+// AdamW: m = b1 m + (1-b1) g, v = b2 v + (1-b2) g^2, w -= lr (m/c1 / (sqrt(v/c2) + eps) + decay w), c1 and c2 the bias
+// corrections. m and v are rounded operation by operation as on the CPU (no contraction of a*b+c), so they have the
+// CPU's bits, and so has what stochastic rounding makes of them. The step takes the hardware's approximate root and
+// quotient, within 10 roundings in all: with IEEE ones an element of 14 bytes costs 119 instructions (counted in the
+// machine code), and an H200 issues about 110 while its memory brings the next element; so it is 73.
 #pragma once
-#include "common.cuh"
+#include "vectors.cuh"
 
 #define SUM_BLOCKS 1024
 #define SUM_THREADS 256
@@ -22,19 +28,31 @@ __device__ __forceinline__ double block_sum_f64(double x) {
     return sums[0];
 }
 
-__global__ void sum_squares_kernel(double* partial, const float* x, size_t n) {
+template <int N, class T> __device__ __forceinline__ double reals_squares(const Reals<N, T>& x) {
     double sum = 0.0;
-    int aligned = (uintptr_t)x % 16 == 0;
-    size_t stride = (size_t)gridDim.x * blockDim.x * 4;
-    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += stride) {
-        if (aligned && i + 4 <= n) {
-            float4 v = *(const float4*)(x + i);
-            sum += (double)v.x * v.x + (double)v.y * v.y + (double)v.z * v.z + (double)v.w * v.w;
-        } else {
-            for (size_t j = i; j < n && j < i + 4; j++) {
-                sum += (double)x[j] * x[j];
-            }
-        }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        sum += (double)reals_get(x, i) * (double)reals_get(x, i);
+    }
+    return sum;
+}
+
+// 16 bytes a load, two loads under way; one by one at the end, and where x does not begin on 16 bytes
+template <class T> __global__ void sum_squares_kernel(double* partial, const T* x, size_t n) {
+    const int N = 16 / sizeof(T);
+    size_t vectors = (uintptr_t)x % 16 == 0 ? n / N : 0, stride = (size_t)gridDim.x * blockDim.x;
+    size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, v = thread;
+    double sum = 0.0;
+    for (; v + stride < vectors; v += 2 * stride) {
+        Reals<N, T> a = reals_load<N>(x + v * N), b = reals_load<N>(x + (v + stride) * N);
+        sum += reals_squares(a);
+        sum += reals_squares(b);
+    }
+    if (v < vectors) {
+        sum += reals_squares(reals_load<N>(x + v * N));
+    }
+    for (size_t i = vectors * N + thread; i < n; i += stride) {
+        sum += reals_squares(reals_load<1>(x + i));
     }
     sum = block_sum_f64(sum);
     if (threadIdx.x == 0) {
@@ -54,10 +72,15 @@ __global__ void sum_finish_kernel(double* sum, const double* partial, int n, int
     }
 }
 
-static void cuda_sum_squares(double* sum, const float* x, size_t n) {
+static void cuda_sum_squares(double* sum, RealArray x, size_t n) {
     double* partial = (double*)gpu.partial;
-    int blocks = (int)min_i64(SUM_BLOCKS, max_i64(1, ceil_div((int64_t)n, SUM_THREADS * 4)));
-    sum_squares_kernel<<<blocks, SUM_THREADS, 0, gpu.stream>>>(partial, x, n);
+    int each = 16 / (int)real_bytes(x.type);
+    int blocks = (int)min_i64(SUM_BLOCKS, max_i64(1, ceil_div((int64_t)n, SUM_THREADS * each)));
+    if (x.type == REAL_F32) {
+        sum_squares_kernel<<<blocks, SUM_THREADS, 0, gpu.stream>>>(partial, (const float*)x.data, n);
+    } else {
+        sum_squares_kernel<<<blocks, SUM_THREADS, 0, gpu.stream>>>(partial, (const floatX*)x.data, n);
+    }
     sum_finish_kernel<<<1, SUM_THREADS, 0, gpu.stream>>>(sum, partial, blocks, 0);
     cuda_check_launch();
 }
@@ -85,58 +108,150 @@ static void cuda_step_decide(StepControl* control, float grad_clip) {
     cuda_check_launch();
 }
 
-// four elements a thread; one by one at the end, and where a group of parameters does not begin on 16 bytes
-__global__ void adamw_kernel(floatX* param, float* master, float* first, float* second, const float* grad, size_t n,
-                             float beta1, float beta2, float eps, float weight_decay, const StepControl* control) {
-    if (control->skip) {
+// ---------------------------------------------------------------------------------------------------------------------
+// AdamW
+
+// what all elements have in common
+typedef struct {
+    float beta1, beta2, keep1, keep2, inverse1, inverse2, eps, decay, lr, grad_scale;
+    uint64_t stream;  // of the rounding
+} AdamwStep;
+
+__device__ __forceinline__ AdamwStep adamw_step(const AdamwArgs& a) {
+    const StepControl* control = a.control;
+    return AdamwStep{.beta1 = a.beta1, .beta2 = a.beta2, .keep1 = 1.0f - a.beta1, .keep2 = 1.0f - a.beta2,
+                     .inverse1 = 1.0f / control->correction1, .inverse2 = 1.0f / control->correction2, .eps = a.eps,
+                     .decay = __fmul_rn(control->lr, a.weight_decay), .lr = control->lr,
+                     .grad_scale = control->grad_scale, .stream = rand_stream(RAND_UPDATE, 0, 0, control->update)};
+}
+
+__device__ __forceinline__ void adamw_element(float* w, float* m, float* v, float grad, const AdamwStep& s) {
+    float g = __fmul_rn(grad, s.grad_scale), root, step;
+    *m = __fadd_rn(__fmul_rn(s.beta1, *m), __fmul_rn(s.keep1, g));
+    *v = __fadd_rn(__fmul_rn(s.beta2, *v), __fmul_rn(__fmul_rn(s.keep2, g), g));
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(__fmul_rn(*v, s.inverse2)));
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(step) : "f"(__fmul_rn(*m, s.inverse1)), "f"(__fadd_rn(root, s.eps)));
+    *w = __fsub_rn(__fsub_rn(*w, __fmul_rn(s.decay, *w)), __fmul_rn(s.lr, step));
+}
+
+// which (0 parameter, 1 m, 2 v) of elements group * 8 ..., rounded stochastically where T is floatX. N < 8 is all in f32.
+template <int N, class T>
+__device__ __forceinline__ Reals<N, T> adamw_narrow(const float* x, uint64_t which, uint64_t group, const AdamwArgs& a,
+                                                    const AdamwStep& s) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        return reals_of<N, T>(x);
+    } else {
+        return reals_of_stochastic<T>(x, philox(a.seed, (which << 56) + group, s.stream));
+    }
+}
+
+// N whole elements a thread, from element `begin` of the arrays on, which is a multiple of N in the flat buffer; M is
+// the type of m and v, G of the gradient
+template <int N, class M, class G, int MASTER> __global__ void adamw_kernel(AdamwArgs a, size_t begin, size_t groups) {
+    size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, i = begin + thread * N;
+    if (thread >= groups || a.control->skip) {
         return;
     }
-    float lr = control->lr, scale = control->grad_scale, correction1 = control->correction1,
-          correction2 = control->correction2;
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    int count = i + 4 <= n ? 4 : i < n ? (int)(n - i) : 0;
-    int whole = count == 4 && ((uintptr_t)master | (uintptr_t)first | (uintptr_t)second | (uintptr_t)grad) % 16 == 0 &&
-                (uintptr_t)param % (4 * sizeof(floatX)) == 0;
-    float w[4] = {0}, m[4] = {0}, v[4] = {0}, g[4] = {0};
-    if (whole) {
-        *(float4*)w = *(const float4*)(master + i);
-        *(float4*)m = *(const float4*)(first + i);
-        *(float4*)v = *(const float4*)(second + i);
-        *(float4*)g = *(const float4*)(grad + i);
+    M *first = (M*)a.m.data + i, *second = (M*)a.v.data + i;
+    Reals<N, float> master;
+    Reals<N, floatX> param;
+    if constexpr (MASTER) {
+        master = reals_load<N>(a.master + i);
     } else {
-        for (int j = 0; j < count; j++) {
-            w[j] = master[i + j], m[j] = first[i + j], v[j] = second[i + j], g[j] = grad[i + j];
-        }
+        param = reals_load<N>(a.param + i);
     }
+    Reals<N, M> old_m = reals_load<N>(first), old_v = reals_load<N>(second);
+    Reals<N, G> grad = reals_load<N>((const G*)a.grad.data + i);
+    const AdamwStep s = adamw_step(a);
+    const uint64_t group = (a.first + i) / N;
+    float w[N], m[N], v[N];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float gradient = g[j] * scale;
-        m[j] = beta1 * m[j] + (1.0f - beta1) * gradient;
-        v[j] = beta2 * v[j] + (1.0f - beta2) * gradient * gradient;
-        float step = (m[j] / correction1) / (sqrtf(v[j] / correction2) + eps);
-        w[j] = (w[j] - lr * weight_decay * w[j]) - lr * step;
+    for (int j = 0; j < N; j++) {
+        w[j] = MASTER ? reals_get(master, j) : reals_get(param, j);
+        m[j] = reals_get(old_m, j), v[j] = reals_get(old_v, j);
+        adamw_element(&w[j], &m[j], &v[j], reals_get(grad, j), s);
     }
-    if (whole) {
-        *(float4*)(master + i) = *(float4*)w;
-        *(float4*)(first + i) = *(float4*)m;
-        *(float4*)(second + i) = *(float4*)v;
-        Lanes<4> rounded;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            rounded.v[j] = to_floatX(w[j]);
-        }
-        lanes_store(param + i, rounded);
+    if constexpr (MASTER) {
+        reals_store(a.master + i, reals_of<N, float>(w));
+        reals_store(a.param + i, reals_of<N, floatX>(w));
     } else {
-        for (int j = 0; j < count; j++) {
-            master[i + j] = w[j], first[i + j] = m[j], second[i + j] = v[j];
-            param[i + j] = to_floatX(w[j]);
-        }
+        reals_store(a.param + i, adamw_narrow<N, floatX>(w, 0, group, a, s));
+    }
+    reals_store(first, adamw_narrow<N, M>(m, 1, group, a, s));
+    reals_store(second, adamw_narrow<N, M>(v, 2, group, a, s));
+}
+
+// The same, one element a thread and any types: elements 0 .. head - 1 and `tail` and further ones
+__global__ void adamw_plain_kernel(AdamwArgs a, size_t head, size_t tail) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    i = i < head ? i : tail + (i - head);
+    if (i >= a.count || a.control->skip) {
+        return;
+    }
+    const AdamwStep s = adamw_step(a);
+    uint64_t element = a.first + i;
+    float w = a.master ? a.master[i] : floatX_to_f32(a.param[i]), m = real_get(a.m, i), v = real_get(a.v, i);
+    adamw_element(&w, &m, &v, real_get(a.grad, i), s);
+    if (a.master) {
+        a.master[i] = w;
+        a.param[i] = to_floatX(w);
+    } else {
+        a.param[i] = f32_to_floatX_stochastic(w, round_bits(a.seed, s.stream, 0, element));
+    }
+    if (a.m.type == REAL_F32) {
+        real_set(a.m, i, m);
+        real_set(a.v, i, v);
+    } else {
+        ((floatX*)a.m.data)[i] = f32_to_floatX_stochastic(m, round_bits(a.seed, s.stream, 1ull << 56, element));
+        ((floatX*)a.v.data)[i] = f32_to_floatX_stochastic(v, round_bits(a.seed, s.stream, 2ull << 56, element));
+    }
+}
+
+// does an element whose number is a multiple of n stand on the boundary that n of them need?
+static int adamw_is_aligned(const void* data, size_t bytes, size_t first, size_t n) {
+    size_t boundary = n * bytes < 16 ? n * bytes : 16;
+    return ((uintptr_t)data - first * bytes) % boundary == 0;
+}
+
+template <int N, class M, class G, int MASTER> static void adamw_launch(const AdamwArgs* a) {
+    int aligned = adamw_is_aligned(a->param, sizeof(floatX), a->first, N) &&
+                  (!MASTER || adamw_is_aligned(a->master, sizeof(float), a->first, N)) &&
+                  adamw_is_aligned(a->m.data, sizeof(M), a->first, N) &&
+                  adamw_is_aligned(a->v.data, sizeof(M), a->first, N) &&
+                  adamw_is_aligned(a->grad.data, sizeof(G), a->first, N);
+    size_t head = (N - a->first % N) % N, groups = aligned && a->count > head ? (a->count - head) / N : 0;
+    head = groups ? head : a->count;
+    size_t tail = head + groups * N, rest = a->count - groups * N;
+    if (groups) {
+        adamw_kernel<N, M, G, MASTER>
+            <<<(unsigned)ceil_div((int64_t)groups, 256), 256, 0, gpu.stream>>>(*a, head, groups);
+    }
+    if (rest) {
+        adamw_plain_kernel<<<(unsigned)ceil_div((int64_t)rest, 256), 256, 0, gpu.stream>>>(*a, head, tail);
+    }
+}
+
+template <class M, class G> static void adamw_typed(const AdamwArgs* a) {
+    if (a->master) {
+        adamw_launch<8, M, G, 1>(a);
+    } else {
+        adamw_launch<8, M, G, 0>(a);
     }
 }
 
 static void cuda_adamw(const AdamwArgs* a) {
-    int blocks = (int)ceil_div((int64_t)ceil_div((int64_t)a->count, 4), 256);
-    adamw_kernel<<<blocks, 256, 0, gpu.stream>>>(a->param, a->master, a->m, a->v, a->grad, a->count, a->beta1, a->beta2,
-                                                 a->eps, a->weight_decay, a->control);
+    check(a->m.type == a->v.type, "internal: the moments differ in type");
+    int wide_moments = a->m.type == REAL_F32, wide_grad = a->grad.type == REAL_F32;
+    if (wide_moments && wide_grad && a->master) {
+        adamw_launch<4, float, float, 1>(a);  // no random numbers: 4 elements are 16 bytes of each array
+    } else if (wide_moments && wide_grad) {
+        adamw_launch<8, float, float, 0>(a);
+    } else if (wide_moments) {
+        adamw_typed<float, floatX>(a);
+    } else if (wide_grad) {
+        adamw_typed<floatX, float>(a);
+    } else {
+        adamw_typed<floatX, floatX>(a);
+    }
     cuda_check_launch();
 }
