@@ -280,11 +280,11 @@ __global__ void __launch_bounds__(BackwardTile<HS, PASS>::THREADS, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < Tile::GROUPS; i++) {
             barrier_init(m.rows_full + 8 * i, 1);
-            barrier_init(m.rows_empty + 8 * i, 4);
+            barrier_init(m.rows_empty + 8 * i, WARPGROUP);
         }
         for (int i = 0; i < Tile::STAGES; i++) {
             barrier_init(m.ring_full + 8 * i, 1);
-            barrier_init(m.ring_empty + 8 * i, 4 * Tile::GROUPS);
+            barrier_init(m.ring_empty + 8 * i, WARPGROUP * Tile::GROUPS);
         }
         async_proxy_fence();
     }

@@ -362,13 +362,13 @@ __global__ void __launch_bounds__(ForwardTile<HS>::THREADS, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             barrier_init(m.q_full + 8 * i, 1);
-            barrier_init(m.q_empty + 8 * i, 4 * Tile::GROUPS);
+            barrier_init(m.q_empty + 8 * i, WARPGROUP * Tile::GROUPS);
         }
         for (int i = 0; i < Tile::STAGES; i++) {
             barrier_init(m.k_full + 8 * i, 1);
             barrier_init(m.v_full + 8 * i, 1);
-            barrier_init(m.k_empty + 8 * i, 4 * Tile::GROUPS);
-            barrier_init(m.v_empty + 8 * i, 4 * Tile::GROUPS);
+            barrier_init(m.k_empty + 8 * i, WARPGROUP * Tile::GROUPS);
+            barrier_init(m.v_empty + 8 * i, WARPGROUP * Tile::GROUPS);
         }
         async_proxy_fence();
     }

@@ -285,10 +285,10 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// all lanes of this warp have read what the barrier guards; nothing if not `really`, which is the same in all lanes
+// All threads of a warp have read what the barrier guards, and say so one by one: one lane's arrival after __syncwarp
+// would do, but racecheck does not follow that. Nothing if not `really`, which is the same in all lanes.
 __device__ __forceinline__ void barrier_arrive_warp(uint32_t barrier, int really) {
-    __syncwarp();
-    if (threadIdx.x % WARP_LANES == 0 && really) {
+    if (really) {
         barrier_arrive(barrier);
     }
 }
