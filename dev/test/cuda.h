@@ -4,8 +4,8 @@
 // behind the buffer alone. Discrete results and copies are bit-equal to the CPU's. For the rest, each backend may be
 // off by the roundings on its path and one store, so the tolerance of formats.h is counted for both. Tensor-core
 // attention also rounds P and dS to bf16: one rounding of each term of a sum, hence the root of the sum of the squared
-// terms. Without a GPU, or in a build without CUDA, nothing is counted. Here: buffers, comparisons, layers, the update;
-// products, attention and NaN follow in cuda_products.h, the whole model in cuda_model.h.
+// terms. Without a GPU, or in a build without CUDA, nothing is counted. Here: buffers, comparisons, layers; the update
+// follows in cuda_update.h, products, attention and NaN in cuda_products.h, the whole model in cuda_model.h.
 #pragma once
 #include "ops.h"
 #ifdef USE_CUDA
@@ -65,6 +65,7 @@ static Output output_make(const void* host, size_t bytes) {
 
 static floatX* output_x(const Output* out, int run) { return (floatX*)out->at[run]; }
 static float* output_f(const Output* out, int run) { return (float*)out->at[run]; }
+static RealArray output_real(const Output* out, int run, RealType type) { return RealArray{type, out->at[run]}; }
 
 // back on the host; the caller frees it
 static void* output_take(const Output* out, const char* what) {
@@ -137,38 +138,73 @@ static void output_near_f(const Output* out, const float* want, const double* er
     free(got);
 }
 
+// numbers of either type
+static void output_near_real(const Output* out, RealArray want, const double* error, double roundings,
+                             const char* what) {
+    if (want.type == REAL_F32) {
+        output_near_f(out, (const float*)want.data, error, roundings, what);
+    } else {
+        output_near_x(out, (const floatX*)want.data, error, roundings, what);
+    }
+}
+
+// on the host: x (n) rounded to that type; x becomes what it holds then. The caller frees .data
+static RealArray test_reals(RealType type, float* x, size_t n) {
+    RealArray y = {type, calloc_or_die(n * real_bytes(type), "test")};
+    for (size_t i = 0; i < n; i++) {
+        real_set(y, i, x[i]);
+        x[i] = real_get(y, i);
+    }
+    return y;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // embedding, add: copies and single additions, bit-equal
 
-static void cuda_test_embedding(int BT, int V, int C) {
-    const char* what = label("embedding of %d tokens, V %d, C %d", BT, V, C);
+static void cuda_test_embedding_forward(int BT, int V, int C) {
     size_t n = (size_t)BT * C, nw = (size_t)V * C;
-    floatX *weight = test_tensor(nw, 1, 1.0), *dout = test_tensor(n, 2, 1.0), *want = test_tensor(n, 3, 1.0);
-    float *grad = test_zero_floats(nw), *sum = test_zero_floats(nw);
-    double *error = test_zeros(nw), *count = test_zeros(nw);
+    floatX *weight = test_tensor(nw, 1, 1.0), *want = test_tensor(n, 3, 1.0);
     int32_t* tokens = (int32_t*)malloc_or_die((size_t)BT * sizeof(int32_t), "test");
     for (int t = 0; t < BT; t++) {
         tokens[t] = t % 3 == 2 ? V - 1 : t * 7 % V;
     }
-    Output out = output_make(NULL, n * X_BYTES), from_zero = output_make(grad, nw * 4);
-    for (size_t i = 0; i < nw; i++) {
-        sum[i] = (float)(i % 64) * 0.125f;
-        error[i] = pow((double)sum[i], 2);
-    }
-    Output onto = output_make(sum, nw * 4);
+    Output out = output_make(NULL, n * X_BYTES);
     const int32_t* dtokens = (const int32_t*)upload(tokens, (size_t)BT * sizeof(int32_t));
     const floatX* dweight = (const floatX*)upload(weight, nw * X_BYTES);
-    const floatX* ddout = (const floatX*)upload(dout, n * X_BYTES);
     for (int run = 0; run < 2; run++) {
         CUDA_OPS.embedding_forward(output_x(&out, run), dtokens, dweight, BT, C);
-        CUDA_OPS.embedding_backward(output_f(&from_zero, run), ddout, dtokens, BT, C);
-        CUDA_OPS.embedding_backward(output_f(&onto, run), ddout, dtokens, BT, C);
     }
     CPU_OPS.embedding_forward(want, tokens, weight, BT, C);
-    CPU_OPS.embedding_backward(grad, dout, tokens, BT, C);
-    CPU_OPS.embedding_backward(sum, dout, tokens, BT, C);
-    output_same(&out, want, what);
-    output_same(&from_zero, grad, label("%s: backward from zero", what));
+    output_same(&out, want, label("embedding of %d tokens, V %d, C %d", BT, V, C));
+    release_uploads();
+    test_free(weight, want, tokens);
+}
+
+// A token's rows are summed by pieces of at least 16 rows: with no more tokens than that in all, and from zero, the
+// order is the CPU's and so are the bits.
+static void cuda_test_embedding_backward(int BT, int V, int C, RealType type, int from_zero) {
+    const char* what = label("embedding backward of %d tokens, V %d, C %d, %s, from %s", BT, V, C,
+                             type == REAL_F32 ? "f32" : "floatX", from_zero ? "zero" : "values");
+    size_t n = (size_t)BT * C, nw = (size_t)V * C;
+    floatX* dout = test_tensor(n, 2, 1.0);
+    float* begin = test_zero_floats(nw);
+    double *error = test_zeros(nw), *count = test_zeros(nw);
+    int32_t* tokens = (int32_t*)malloc_or_die((size_t)BT * sizeof(int32_t), "test");
+    for (size_t i = 0; i < nw; i++) {
+        begin[i] = from_zero ? 0.0f : (float)(i % 64) * 0.125f;
+        error[i] = pow((double)begin[i], 2), count[i] = 1.0;
+    }
+    for (int t = 0; t < BT; t++) {
+        tokens[t] = t % 3 == 2 ? V - 1 : t * 7 % V;
+    }
+    RealArray want = test_reals(type, begin, nw);
+    Output dweight = output_make(want.data, nw * real_bytes(type));
+    const int32_t* dtokens = (const int32_t*)upload(tokens, (size_t)BT * sizeof(int32_t));
+    const floatX* ddout = (const floatX*)upload(dout, n * X_BYTES);
+    for (int run = 0; run < 2; run++) {
+        CUDA_OPS.embedding_backward(output_real(&dweight, run, type), ddout, dtokens, BT, V, C);
+    }
+    CPU_OPS.embedding_backward(want, dout, tokens, BT, V, C);
     for (size_t i = 0; i < n; i++) {
         size_t at = (size_t)tokens[i / C] * C + i % C;
         error[at] += pow((double)floatX_to_f32(dout[i]), 2);
@@ -177,9 +213,13 @@ static void cuda_test_embedding(int BT, int V, int C) {
     for (size_t i = 0; i < nw; i++) {
         error[i] = sqrt(error[i]) * sqrt(count[i]) * F32_ROUNDING;
     }
-    output_near_f(&onto, sum, error, 1.0, label("%s: backward", what));
+    if (from_zero && BT <= 16) {
+        output_same(&dweight, want.data, what);
+    } else {
+        output_near_real(&dweight, want, error, 1.0, what);
+    }
     release_uploads();
-    test_free(weight, dout, want, grad, sum, tokens, error, count);
+    test_free(dout, begin, error, count, tokens, want.data);
 }
 
 static void cuda_test_add(size_t n) {
@@ -234,23 +274,26 @@ static void cuda_test_rmsnorm_forward(int BT, int C) {
     test_free(x, b, want, want_sum, want_rstd);
 }
 
-// how: no residual gradient, one, in place on it
+// how: no residual gradient, one, in place on it; with one, the weight's gradient is floatX
 static void cuda_test_rmsnorm_backward(int BT, int C, int how) {
     const char* what = label("rmsnorm backward %d x %d, residual %d", BT, C, how);
     size_t n = (size_t)BT * C;
     double roundings = sqrt((double)C) + 8.0;
     floatX *x = test_tensor(n + C, 1, 1.0), *dout = test_tensor(n, 2, 1.0), *residual = test_tensor(n, 4, 1.0);
     floatX* want = test_tensor(n, 3, 1.0);
-    float *rstd = test_zero_floats((size_t)BT), *grad = test_zero_floats((size_t)C);
-    grad[0] = 0.25f;  // += is part of the contract
+    float *rstd = test_zero_floats((size_t)BT), *begin = test_zero_floats((size_t)C);
+    begin[0] = 0.25f;  // += is part of the contract
+    RealArray grad = test_reals(how == 1 ? REAL_FLOATX : REAL_F32, begin, (size_t)C);
     CPU_OPS.rmsnorm_forward(want, rstd, x, x + n, BT, C, 1e-5f);
-    Output dx = output_make(how == 2 ? residual : NULL, n * X_BYTES), dw = output_make(grad, (size_t)C * 4);
+    Output dx = output_make(how == 2 ? residual : NULL, n * X_BYTES);
+    Output dw = output_make(grad.data, (size_t)C * real_bytes(grad.type));
     const floatX *inp = (const floatX*)upload(x, (n + C) * X_BYTES), *dy = (const floatX*)upload(dout, n * X_BYTES);
     const floatX* other = (const floatX*)upload(residual, n * X_BYTES);
     const float* drstd = (const float*)upload(rstd, (size_t)BT * 4);
     for (int run = 0; run < 2; run++) {
         const floatX* added[] = {NULL, other, output_x(&dx, run)};
-        CUDA_OPS.rmsnorm_backward(output_x(&dx, run), output_f(&dw, run), dy, added[how], inp, inp + n, drstd, BT, C);
+        CUDA_OPS.rmsnorm_backward(output_x(&dx, run), output_real(&dw, run, grad.type), dy, added[how], inp, inp + n,
+                                  drstd, BT, C);
     }
     CPU_OPS.rmsnorm_backward(want, grad, dout, how ? residual : NULL, x, x + n, rstd, BT, C);
     double *inp64 = test_double(x, n + C), *dout64 = test_double(dout, n), *ignored = test_zeros(n + C);
@@ -264,9 +307,9 @@ static void cuda_test_rmsnorm_backward(int BT, int C, int how) {
         error[n + c] *= (sqrt((double)BT) + roundings) * F32_ROUNDING;
     }
     output_near_x(&dx, want, error, 1.0, what);
-    output_near_f(&dw, grad, error + n, 1.0 + sqrt((double)BT), label("%s: weight", what));
+    output_near_real(&dw, grad, error + n, 1.0 + sqrt((double)BT), label("%s: weight", what));
     release_uploads();
-    test_free(x, dout, residual, want, rstd, grad, inp64, dout64, ignored, error);
+    test_free(x, dout, residual, want, rstd, begin, grad.data, inp64, dout64, ignored, error);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -385,136 +428,53 @@ static void cuda_test_crossentropy(int rows, int V, double scale) {
     test_free(targets, x, want, want_losses, loss_error, grad_error);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// sums, decision, update
-
-static void cuda_test_sums(size_t n) {
-    float* x = test_zero_floats(n);
-    uint64_t state = n;
-    double begin = 0.75, want = 0.75, absolute = 0.75, squares, got[2];
-    for (size_t i = 0; i < n; i++) {
-        x[i] = i + 1 == n ? 262144.0f : (float)(test_normal(&state) * ldexp(1.0, (int)(i % 40) - 20));
-        absolute += fabs((double)x[i]);
+// all logits but the target's and one more are -inf: the loss is log 2, the gradients are halves and zeros
+static void cuda_test_crossentropy_masked(int V, int with_target) {
+    const int32_t target = V / 3;
+    floatX* x = test_tensor((size_t)V, 1, 0.0);
+    for (int v = 0; v < V; v++) {
+        x[v] = f32_to_floatX(-INFINITY);
     }
-    CPU_OPS.loss_sum(&want, x, (int)n);
-    CPU_OPS.sum_squares(&squares, x, n);
-    const float* dx = (const float*)upload(x, n * sizeof(float));
-    Output sum = output_make(&begin, sizeof begin), square_sum = output_make(NULL, sizeof begin);
+    x[V - 1] = x[with_target ? target : V - 2] = f32_to_floatX(-200.0f);
+    Output loss = output_make(NULL, sizeof(float)), logits = output_make(x, (size_t)V * X_BYTES);
+    const int32_t* dtarget = (const int32_t*)upload(&target, sizeof target);
     for (int run = 0; run < 2; run++) {
-        CUDA_OPS.loss_sum((double*)sum.at[run], dx, (int)n);
-        CUDA_OPS.sum_squares((double*)square_sum.at[run], dx, n);
+        CUDA_OPS.crossentropy(output_f(&loss, run), output_x(&logits, run), dtarget, 1, V, 2.0f, 1);
     }
-    double* sum_got = (double*)output_take(&sum, "loss_sum");
-    double* square_got = (double*)output_take(&square_sum, "sum_squares");
-    // sums are in f64, a square may be rounded to f32; they are positive, so sqrt(K) would be too little
-    double allowed = 4.0 * (sqrt((double)n) + 1.0) * ldexp(1.0, -53) * absolute;
-    double square_allowed = 2.0 * F32_ROUNDING * squares;
-    got[0] = sum_got[0], got[1] = square_got[0];
-    expect(fabs(got[0] - want) <= allowed, "sum of %zu is %.17g, the CPU's %.17g", n, got[0], want);
-    expect(fabs(got[1] - squares) <= square_allowed, "%zu squares are %.17g, the CPU's %.17g", n, got[1], squares);
-    expect(fabs(got[0] + 1.0 - want) > allowed && fabs(got[1] * 1.000001 - squares) > square_allowed,
-           "a planted error of a sum of %zu is not seen", n);
+    float* got_loss = (float*)output_take(&loss, "masked logits");
+    floatX* got = (floatX*)output_take(&logits, "masked logits");
+    int same = with_target ? fabs((double)got_loss[0] - log(2.0)) < 16.0 * F32_ROUNDING : got_loss[0] == INFINITY;
+    for (int v = 0; v < V; v++) {
+        float want = v == V - 1 || (!with_target && v == V - 2) ? 1.0f : 0.0f;
+        want = v == target ? (with_target ? -1.0f : -2.0f) : want;
+        same &= floatX_to_f32(got[v]) == want;
+    }
+    expect(same, "V %d: loss or gradient of masked logits, loss %.9g", V, (double)got_loss[0]);
     release_uploads();
-    test_free(x, sum_got, square_got);
-}
-
-static void cuda_test_decide(double loss, double squares, float clip) {
-    StepControl control = test_control(0.5f, 0.9, 0.95, 3);
-    control.loss_sum = loss;
-    control.grad_squares = squares;
-    Output out = output_make(&control, sizeof control);
-    for (int run = 0; run < 2; run++) {
-        CUDA_OPS.step_decide((StepControl*)out.at[run], clip);
-    }
-    CPU_OPS.step_decide(&control, clip);
-    StepControl* got = (StepControl*)output_take(&out, "step_decide");
-    int same = got->skip == control.skip && got->lr == control.lr && got->correction2 == control.correction2;
-    int scale = !memcmp(&got->grad_scale, &control.grad_scale, sizeof(float));
-    expect(same && (scale || control.skip), "decision on loss %g, squares %g, clip %g: skip %d, scale %.9g", loss,
-           squares, (double)clip, got->skip, (double)got->grad_scale);
-    release_uploads();
-    free(got);
-}
-
-// errors of master, m, v (n each), as test_ops_adamw counts them
-static void adamw_errors(double* error[3], float* const memory[4], const AdamwArgs* a, const StepControl* control) {
-    for (size_t i = 0; i < a->count; i++) {
-        double g = (double)memory[3][i] * (double)control->grad_scale, b1 = a->beta1, b2 = a->beta2;
-        double w = fabs((double)memory[0][i]), lr = control->lr;
-        double m_size = b1 * fabs((double)memory[1][i]) + (1.0 - b1) * fabs(g);
-        double v = b2 * (double)memory[2][i] + (1.0 - b2) * g * g;
-        double step_size = m_size / (double)control->correction1 /
-                           (sqrt(v / (double)control->correction2) + (double)a->eps);
-        error[0][i] = F32_ROUNDING * (2.0 * w + 10.0 * lr * step_size + 4.0 * lr * (double)a->weight_decay * w);
-        error[1][i] = F32_ROUNDING * 4.0 * m_size;
-        error[2][i] = F32_ROUNDING * 5.0 * v;
-    }
-}
-
-static void cuda_test_adamw(size_t n, int64_t t, float decay, int skip) {
-    floatX *param = test_tensor(n, 9, 1.0), *rounded = test_tensor(n, 9, 1.0);
-    float* memory[4];  // master, m, v, grad
-    double* error[3] = {test_zeros(n), test_zeros(n), test_zeros(n)};
-    Output out[3];
-    for (int k = 0; k < 4; k++) {
-        uint64_t state = (uint64_t)k + 1;
-        memory[k] = test_zero_floats(n);
-        for (size_t i = 0; i < n; i++) {
-            double x = test_normal(&state) * (k == 0 ? 1.0 : 1e-2);
-            memory[k][i] = t == 1 && (k == 1 || k == 2) ? 0.0f : (float)(k == 2 ? x * x : x);
-        }
-    }
-    for (int k = 0; k < 3; k++) {
-        out[k] = output_make(memory[k], n * 4);
-    }
-    StepControl control = test_control(3e-2f, 0.9, 0.95, t);
-    control.grad_scale = 0.7f;
-    control.skip = skip;
-    Output out_param = output_make(param, n * X_BYTES);
-    AdamwArgs args = {.param = param, .master = memory[0], .m = memory[1], .v = memory[2], .grad = memory[3],
-                      .count = n, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = decay,
-                      .control = &control};
-    AdamwArgs device = args;
-    device.grad = (const float*)upload(memory[3], n * 4);
-    device.control = (const StepControl*)upload(&control, sizeof control);
-    for (int run = 0; run < 2; run++) {
-        device.param = output_x(&out_param, run), device.master = output_f(&out[0], run);
-        device.m = output_f(&out[1], run), device.v = output_f(&out[2], run);
-        CUDA_OPS.adamw(&device);
-    }
-    adamw_errors(error, memory, &args, &control);
-    CPU_OPS.adamw(&args);
-    const char *what = label("adamw of %zu, t %lld, skip %d", n, (long long)t, skip), *names[] = {"master", "m", "v"};
-    float* master = (float*)output_take(&out[0], what);
-    for (int k = 0; k < 3; k++) {
-        if (skip) {
-            output_same(&out[k], memory[k], what);
-        } else {
-            output_near_f(&out[k], memory[k], error[k], 0.0, label("%s: %s", what, names[k]));
-        }
-    }
-    for (size_t i = 0; !skip && i < n; i++) {
-        rounded[i] = f32_to_floatX(master[i]);
-    }
-    output_same(&out_param, rounded, label("%s: parameter", what));
-    release_uploads();
-    test_free(param, rounded, memory[0], memory[1], memory[2], memory[3], error[0], error[1], error[2], master);
+    test_free(x, got_loss, got);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
 static void test_cuda_layers(void) {
-    const int embeddings[][3] = {{1, 2, 1}, {7, 3, 5}, {96, 288, 130}, {300, 257, 2048}, {64, 32000, 64}};
-    for (int i = 0; i < 5; i++) {
-        cuda_test_embedding(embeddings[i][0], embeddings[i][1], embeddings[i][2]);
+    // the last ones: runs over many shares of positions, more than a block has threads
+    const int embeddings[][3] = {{1, 2, 1},       {7, 3, 5},     {16, 3, 64},   {96, 288, 130},
+                                 {300, 257, 2048}, {64, 32000, 64}, {2000, 3, 72}, {1500, 1, 30}};
+    for (int i = 0; i < 8; i++) {
+        int BT = embeddings[i][0], V = embeddings[i][1], C = embeddings[i][2];
+        cuda_test_embedding_forward(BT, V, C);
+        for (int k = 0; k < 4; k++) {
+            cuda_test_embedding_backward(BT, V, C, k / 2 ? REAL_FLOATX : REAL_F32, k % 2);
+        }
     }
     const size_t counts[] = {1, 8, 1023, 65536 + 8};
     for (int i = 0; i < 4; i++) {
         cuda_test_add(counts[i]);
     }
-    const int norms[][2] = {{1, 1},     {3, 5},     {33, 63},  {5, 64},  {1025, 128},
-                            {257, 640}, {5, 2048},  {2, 4096}, {3, 8192}};
-    for (int i = 0; i < 9; i++) {
+    // a row is one warp's, two warps', ... and nobody's; more rows than run at a time
+    const int norms[][2] = {{1, 1},    {3, 5},    {33, 63},    {5, 64},      {1025, 128},  {257, 640},  {40, 1280},
+                            {5, 2048}, {2, 4096}, {3500, 640}, {1100, 1664}, {300, 8192}, {3, 11008}, {2, 20488}};
+    for (int i = 0; i < 14; i++) {
         cuda_test_rmsnorm_forward(norms[i][0], norms[i][1]);
         for (int how = 0; how < 3 && norms[i][1] > 1; how++) {  // of one channel the gradient is all cancellation
             cuda_test_rmsnorm_backward(norms[i][0], norms[i][1], how);
@@ -536,21 +496,14 @@ static void test_cuda_layers(void) {
         cuda_test_crossentropy(i % 5 + 1, vocabularies[i / 2], i % 2 ? 30.0 : 3.0);
     }
     cuda_test_crossentropy(3, 32000, 3.0);
-}
-
-static void test_cuda_update(void) {
-    const size_t counts[] = {1, 3, 4, 1023, 1 << 20, (1 << 20) + 5, 3000001};
-    for (int i = 0; i < 7; i++) {
-        cuda_test_sums(counts[i]);
+    // more rows than run at a time; rows that fit in twos, in ones, not quite
+    const int chunks[][2] = {{900, 128}, {600, 4104}, {2, 50304}, {2, 100000}, {140, 128256}};
+    for (int i = 0; i < 5; i++) {
+        cuda_test_crossentropy(chunks[i][0], chunks[i][1], 3.0);
     }
-    const double losses[] = {1.0, NAN, INFINITY}, squares[] = {4.0, 0.25, 3.0, NAN, INFINITY};
-    for (int i = 0; i < 45; i++) {
-        cuda_test_decide(losses[i % 3], squares[i / 3 % 5], i / 15 ? 1.5f - (float)(i / 15) * 0.5f : 0.0f);
-    }
-    const int64_t updates[] = {1, 2, 10, 1000, 1000000};
-    for (int i = 0; i < 10; i++) {
-        cuda_test_adamw(i == 0 ? 1 : i == 1 ? 65536 : 1000 + (size_t)i, updates[i % 5], i % 2 ? 0.1f : 0.0f, i / 7);
+    const int masked[] = {7, 64, 4104, 128256};
+    for (int i = 0; i < 8; i++) {
+        cuda_test_crossentropy_masked(masked[i / 2], i % 2);
     }
 }
-
 #endif

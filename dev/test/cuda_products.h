@@ -1,13 +1,13 @@
 // cuda_products.h: section cuda, second half: matrix products, attention, and a NaN that goes in comes out.
 #pragma once
-#include "cuda.h"
+#include "cuda_update.h"
 #ifdef USE_CUDA
 
 // ---------------------------------------------------------------------------------------------------------------------
 // matrix products
 
 // has cuBLASLt an algorithm for that product at all?
-static int gemm_is_possible(int M, int N, int K, int a_transposed, int b_transposed, OutType type) {
+static int gemm_is_possible(int M, int N, int K, int a_transposed, int b_transposed, RealType type) {
     GemmPlan plan = {};
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t found;
@@ -66,10 +66,10 @@ static void cuda_test_gemm_kind(const QTensor* a, const QTensor* b, const QTenso
         start[i] = 0.125f * (float)(i % 64);
     }
     Output out = output_make(kind == 2 ? start : NULL, n * (kind ? sizeof(float) : X_BYTES));
-    GemmArgs args = {.out = NULL, .out_type = kind ? OUT_F32 : OUT_FLOATX, .accumulate = kind == 2, .a = da, .b = db,
-                     .alpha = 0.75f};
+    RealType type = kind ? REAL_F32 : REAL_FLOATX;
+    GemmArgs args = {.out = output_real(&out, 0, type), .accumulate = kind == 2, .a = da, .b = db, .alpha = 0.75f};
     for (int run = 0; run < 2; run++) {
-        args.out = out.at[run];
+        args.out = output_real(&out, run, type);
         CUDA_OPS.gemm(&args);
     }
     gemm_want(want, error, start, a, b, kind == 2);
@@ -92,7 +92,7 @@ static void cuda_test_gemm(int M, int N, int K, int orientation) {
         QTensor da = a, db = b;
         da.dense = (const floatX*)upload(x, (size_t)M * K * X_BYTES);
         db.dense = (const floatX*)upload(y, (size_t)N * K * X_BYTES);
-        if (gemm_is_possible(M, N, K, ta, tb, kind ? OUT_F32 : OUT_FLOATX)) {
+        if (gemm_is_possible(M, N, K, ta, tb, kind ? REAL_F32 : REAL_FLOATX)) {
             cuda_test_gemm_kind(&a, &b, &da, &db, kind);
         } else {
             printf("  note: cuBLASLt has no algorithm for %d x %d x %d, transposed %d %d, kind %d\n", M, N, K, ta, tb,
@@ -260,7 +260,8 @@ static void cuda_test_nan_layers(const floatX* x, const floatX* clean, size_t i,
         CUDA_OPS.rmsnorm_forward(output_x(&y[1], run), output_f(&stats, run), x, clean, BT, C, 1e-5f);
         CUDA_OPS.add_rmsnorm_forward(output_x(&y[2], run), output_x(&y[3], run), output_f(&stats, run), x, clean, clean,
                                      BT, C, 1e-5f);
-        CUDA_OPS.rmsnorm_backward(output_x(&y[4], run), output_f(&sums, run), clean, NULL, x, clean, rstd, BT, C);
+        CUDA_OPS.rmsnorm_backward(output_x(&y[4], run), output_real(&sums, run, REAL_F32), clean, NULL, x, clean, rstd,
+                                  BT, C);
         CUDA_OPS.add(output_x(&y[5], run), clean, x, n);
         CUDA_OPS.swiglu_forward(output_x(&y[6], run), x, BT, C / 2);
         CUDA_OPS.swiglu_backward(output_x(&y[7], run), clean, x, BT, C / 2);
@@ -285,32 +286,34 @@ static void cuda_test_nan_products(const floatX* x, const floatX* clean, size_t 
     control.grad_squares = NAN;
     Output logits = output_zeros(n * X_BYTES), losses = output_make(zeros, (size_t)BT * 4);
     Output product = output_zeros((size_t)BT * BT * X_BYTES), squares = output_zeros(sizeof(double));
-    Output decided = output_make(&control, sizeof control);
+    Output decided = output_make(&control, sizeof control), squares_x = output_zeros(sizeof(double));
     floatX* copy = (floatX*)malloc_or_die(n * X_BYTES, "test");
     float* wide = test_zero_floats(n);
     CUDA_OPS.copy_to_host(copy, x, n * X_BYTES);
     for (size_t k = 0; k < n; k++) {
         wide[k] = floatX_to_f32(copy[k]);
     }
-    const float* dwide = (const float*)upload(wide, n * 4);
+    RealArray device_wide = {REAL_F32, upload(wide, n * 4)}, device_x = {REAL_FLOATX, upload(copy, n * X_BYTES)};
     QTensor a = qtensor_view(x, BT, C, 0), b = qtensor_view(clean, BT, C, 0);
     for (int run = 0; run < 2; run++) {
         CUDA_OPS.copy_to_device(logits.at[run], copy, n * X_BYTES);
         CUDA_OPS.crossentropy(output_f(&losses, run), output_x(&logits, run), dtargets, BT, C, 1.0f, 1);
-        GemmArgs args = {.out = real_floatX(product.at[run]), .accumulate = 0, .a = &a, .b = &b,
+        GemmArgs args = {.out = output_real(&product, run, REAL_FLOATX), .accumulate = 0, .a = &a, .b = &b,
                          .alpha = 1.0f};
         CUDA_OPS.gemm(&args);
-        CUDA_OPS.sum_squares((double*)squares.at[run], dwide, n);
+        CUDA_OPS.sum_squares((double*)squares.at[run], device_wide, n);
+        CUDA_OPS.sum_squares((double*)squares_x.at[run], device_x, n);
         CUDA_OPS.step_decide((StepControl*)decided.at[run], 1.0f);
     }
     float* loss = (float*)output_take(&losses, "nan");
-    double* sum = (double*)output_take(&squares, "nan");
+    double *sum = (double*)output_take(&squares, "nan"), *sum_x = (double*)output_take(&squares_x, "nan");
     StepControl* decision = (StepControl*)output_take(&decided, "nan");
     expect(isnan(loss[row]), "crossentropy's loss loses NaN %zu of %d columns", i, C);
     expect(output_has_nan(&logits, "nan", row * C, C), "crossentropy's gradient loses NaN %zu of %d columns", i, C);
     expect(output_has_nan(&product, "nan", row * BT, BT), "gemm loses NaN %zu of %d columns", i, C);
-    expect(isnan(*sum) && decision->skip, "sum_squares or step_decide lose NaN %zu of %d columns", i, C);
-    test_free(copy, wide, loss, sum, decision);
+    expect(isnan(*sum) && isnan(*sum_x) && decision->skip, "sum_squares or step_decide lose NaN %zu of %d columns", i,
+           C);
+    test_free(copy, wide, loss, sum, sum_x, decision);
 }
 
 // one head; the NaN is in q, k or v of token t, so the output of token t has one

@@ -5,9 +5,9 @@
 // and stays there for its three uses, the maximum, the sum of exponentials and the gradient. Blocks are as many as are
 // resident and walk over the rows. A thread reads only the vectors that it copied itself, so it needs no barrier for
 // them, and as soon as it has written a vector's gradient it sends for the same vector of the block's next row: loads
-// and stores of memory run side by side. What of a row does not fit into shared memory (V above 116 thousand of bf16) is
-// read again, from the L2 cache. A thread takes exponentials relative to the maximum of its own share; warps and block
-// then rescale and add the sums in a fixed order. V that is no multiple of a vector takes the plain kernel.
+// and stores of memory run side by side. What of a row does not fit into shared memory (V above 115 thousand of bf16)
+// is read again, from the L2 cache. A thread takes exponentials relative to the maximum of its own share; warps and
+// block then rescale and add the sums in a fixed order. V that is no multiple of a vector takes the plain kernel.
 #pragma once
 #include "vectors.cuh"
 
@@ -87,7 +87,7 @@ crossentropy_kernel(float* losses, floatX* logits, const int32_t* targets, int r
         float scale = grad_scale / sum, logit = 0.0f;
         if (mine) {
             logit = floatX_to_f32(target / VEC < resident ? ((const floatX*)kept)[target] : x[target]);
-            losses[row] = logf(sum) + largest - logit;
+            losses[row] = logf(sum) + (largest - logit);
         }
 #pragma unroll 2
         for (int v = threadIdx.x; v < vectors; v += THREADS) {
@@ -128,7 +128,7 @@ __global__ void crossentropy_plain_kernel(float* losses, floatX* logits, const i
     }
     exp_sum_block<CLASSIFIER_THREADS>(&largest, &sum, sums);
     if (target % CLASSIFIER_THREADS == (int)threadIdx.x) {  // before this thread writes over it
-        losses[blockIdx.x] = logf(sum) + largest - floatX_to_f32(x[target]);
+        losses[blockIdx.x] = logf(sum) + (largest - floatX_to_f32(x[target]));
     }
     float scale = grad_scale / sum;
     for (int v = threadIdx.x; with_grad && v < V; v += CLASSIFIER_THREADS) {

@@ -2,10 +2,10 @@
 //
 // Backward: the positions of a micro-batch are sorted by token (stable radix sort, CUB, only the bits that V needs), so
 // that equal tokens stand together in token order. A frequent token has thousands of positions, so blocks do not take
-// tokens: they take shares of the sorted positions, all of one length. The part of a token's run that lies in a share is
-// a piece; its rows are added in order. A run of one piece is added to the token's gradient at once. The pieces of a run
-// that crosses the border of a share go to memory, and a second kernel adds them in order. No atomics; one order, which
-// depends on sizes only; gradients in floatX are rounded once.
+// tokens: they take shares of the sorted positions, all of one length. The part of a token's run that lies in a share
+// is a piece; its rows are added in order. A run of one piece is added to the token's gradient at once. The pieces of a
+// run that crosses the border of a share go to memory, and a second kernel adds them in order. No atomics; one order,
+// which depends on tokens and sizes only; gradients in floatX are rounded once.
 #pragma once
 #include "vectors.cuh"
 #include <cub/device/device_radix_sort.cuh>
@@ -44,8 +44,9 @@ __global__ void positions_kernel(int32_t* positions, int n) {
 // Where the sum goes when a row has been added: on, to the token's gradient, or to slot 0 or 1 of the share's pieces
 enum { PIECE_GOES_ON, PIECE_IS_RUN, PIECE_CONTINUES, PIECE_BEGINS };
 
-// sorted (BT) tokens with their positions; block x takes the `length` of them from x * length on, threads take channels.
-// pieces (shares, 2, C): slot 0 is the piece that continues the run of the share before, slot 1 one that begins here.
+// sorted (BT) tokens with their positions; block x takes the `length` of them from x * length on, threads take
+// channels. pieces (shares, 2, C): slot 0 is the piece that continues the run of the share before, slot 1 one that
+// begins here.
 template <int N, class T>
 __global__ void embedding_pieces_kernel(T* dweight, float* pieces, const floatX* dout, const int32_t* sorted,
                                         const int32_t* positions, int BT, int C, int length) {

@@ -134,7 +134,7 @@ __device__ __forceinline__ void adamw_element(float* w, float* m, float* v, floa
     *w = __fsub_rn(__fsub_rn(*w, __fmul_rn(s.decay, *w)), __fmul_rn(s.lr, step));
 }
 
-// which (0 parameter, 1 m, 2 v) of elements group * 8 ..., rounded stochastically where T is floatX. N < 8 is all in f32.
+// which (0 parameter, 1 m, 2 v) of elements group * N ..., rounded stochastically where T is floatX: then N is 8
 template <int N, class T>
 __device__ __forceinline__ Reals<N, T> adamw_narrow(const float* x, uint64_t which, uint64_t group, const AdamwArgs& a,
                                                     const AdamwStep& s) {

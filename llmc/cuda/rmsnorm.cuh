@@ -41,7 +41,8 @@ template <int K> __device__ __forceinline__ void row_load(Vector* x, const float
 #define NORM_FORWARD_VECTORS 8
 #define NORM_FORWARD_WARPS 8  // of a row and of a block at most
 
-// with b: sum = a + b is stored, too (the residual stream), and normalized as stored. A block is T threads a row by rows.
+// with b: sum = a + b is stored, too (the residual stream), and normalized as stored. A block is T threads a row by
+// its rows.
 typedef struct {
     floatX *sum, *out;
     float* rstd;

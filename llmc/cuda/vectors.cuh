@@ -1,5 +1,5 @@
-// cuda/vectors.cuh: vectors of numbers whose type T is an option (RealArray): float or floatX. At most 16 bytes of them are
-// one access.
+// cuda/vectors.cuh: vectors of numbers whose type T is an option (RealArray): float or floatX. At most 16 bytes of them
+// are one access.
 //
 // They stay packed in registers as they lie in memory: registers decide how many warps run. Values are widened at each
 // use, and reals_keep hides from the compiler that it has widened them before.
