@@ -31,7 +31,7 @@ declare -A STEPS=([200m]=14 [tinyllama-1.1b]=4 [llama2-7b]=4)
 declare -A OPTIONS=(
     [200m]="--batch-size 64 --warmup-steps 10"
     [tinyllama-1.1b]="--batch-size 16 --batch-tokens 524288"
-    [llama2-7b]="--seq-len 2048 --batch-tokens 131072"
+    [llama2-7b]="--seq-len 2048 --batch-size 8 --batch-tokens 131072 --adam-dtype bf16"
 )
 RACECHECK_HEADS=(128 64)                     # sizes of a head; the models are small, because racecheck is slow
 
