@@ -265,7 +265,9 @@ static void print_header(const Trainer* t, const Ops* ops) {
            t->run.recipe->x.format == FORMAT_FLOATX ? "" : "; backward ",
            t->run.recipe->x.format == FORMAT_FLOATX ? "" : c->bwd_rounding);
     ops->describe(device, sizeof device);
-    printf("device     %s: %s, %s%s\n", ops->name, device, FLOATX_NAME, backend_note);
+    const Carrier* carrier = t->run.recipe->x.format == FORMAT_FLOATX ? NULL : ops->carrier();
+    printf("device     %s: %s, %s%s%s%s\n", ops->name, device, FLOATX_NAME, carrier ? ", carrier " : "",
+           carrier ? carrier->name : "", backend_note);
     printf("data       %s tokens in %d shards (ids %s), %lld samples of %d; validation %s\n", tokens,
            t->train.shard_count, t->train.fully_scanned ? "all checked" : "spot-checked, the rest as read",
            (long long)t->train.samples, t->run.T, t->has_val ? c->val_data : "none");

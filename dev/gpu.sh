@@ -120,9 +120,7 @@ sanitize() {
     local tool=$1 code=0 summary filter=(); shift
     [ -n "$sanitizer" ] || { echo "compute-sanitizer is not here"; return 77; }
     # the kernels of this tree; those of cuBLASLt cost time and are not ours to mend
-    if [ "$tool" = racecheck ] && "$sanitizer" --help 2>&1 | grep -q -e --kernel-regex; then
-        filter=(--kernel-regex kns=_kernel)
-    fi
+    [ "$tool" != racecheck ] || filter=(--kernel-name kns=_kernel)
     limited "$SANITIZE_SECONDS" "$sanitizer" --tool "$tool" "${filter[@]}" "$@" || code=$?
     summary=$(grep -E '(ERROR|RACECHECK) SUMMARY' "$log" | tail -n 1)
     if [ $code -eq 124 ]; then

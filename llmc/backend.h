@@ -22,11 +22,20 @@ static int backend_supports(const Ops* ops, const Recipe* recipe) {
 }
 
 #ifdef USE_CUDA
+// --carrier on this GPU; automatic: 8-bit products where there are such, else the precision of the build
 static const Ops* backend_init_cuda(const Config* config) {
-    check_or(!strcmp(config->carrier, "auto") || !strcmp(config->carrier, "bf16"), EXIT_USAGE,
-             "--carrier %s: the GPU of this version multiplies in the precision of the build (--carrier auto)",
-             config->carrier);
-    return cuda_backend(0);
+    const Ops* ops = cuda_backend(0);
+    const char* wanted = config->carrier;
+    int bytes = sizeof(floatX) == 2 && (gpu.major > 8 || (gpu.major == 8 && gpu.minor >= 9)) && gpu.major < 10;
+    check_or(strcmp(wanted, "f32"), EXIT_USAGE, "--carrier f32 is the CPU's; on a GPU: auto, bf16 or fp8");
+    check_or(strcmp(wanted, "fp4"), EXIT_NO_DEVICE,
+             "--carrier fp4 needs FP4 tensor cores, which this version does not use yet; auto, bf16 and fp8 are there");
+    check_or(strcmp(wanted, "fp8") || bytes, EXIT_NO_DEVICE,
+             "--carrier fp8 needs a GPU of compute capability 8.9 or 9.0 and the BF16 build; this is %s, %d.%d, %s; "
+             "--carrier bf16 runs everywhere",
+             gpu.name, gpu.major, gpu.minor, FLOATX_NAME);
+    gpu.carrier = carrier_find(is_auto_text(wanted) ? bytes ? "fp8" : "bf16" : wanted);
+    return ops;
 }
 #endif
 

@@ -83,6 +83,7 @@ static void generator_forward(Model* model, Generator* g, float* logits, const i
         ids[i] = tokens[i];
     }
     model_quantize_weights(model);
+    model_begin_operands(model);
     ops->copy_to_device(g->tokens, ids, sizeof(int32_t) * (size_t)rows);
     ops->embedding_forward(g->x, g->tokens, model_weight(model, P_EMBED, -1), rows, m->C);
     for (int l = 0; l < m->L; l++) {

@@ -390,12 +390,17 @@ static void model_init_weights(Model* model, uint64_t seed) {
 // ---------------------------------------------------------------------------------------------------------------------
 // forward
 
+static void model_begin_operands(const Model* model) {
+    model->ops->carrier_begin(model->linear.bases, model->config.L * LINEAR_KINDS * OPERANDS);
+}
+
 // forward operands of all weights, unless they match already. Whoever changes weights clears weights_quantized.
 static void model_quantize_weights(Model* model) {
     if (model->weights_quantized) {
         return;
     }
     char* at = (char*)model->quantized_memory;
+    model_begin_operands(model);
     for (int i = 0; i < model->config.L * LINEAR_KINDS; i++) {
         Linear* linear = &model->linears[i];
         linear_quantize_weight(&model->linear, linear, at);
@@ -525,6 +530,7 @@ static void model_run_forward(Model* model, float grad_scale, int with_grad) {
     BlockActivations* first = &model->blocks[0];
     size_t BT = (size_t)model->B * model->T;
     model_quantize_weights(model);
+    model_begin_operands(model);
     ops->embedding_forward(first->inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
     ops->rmsnorm_forward(first->norm1, first->rstd1, first->inp, model_weight(model, P_NORM1, 0), (int)BT, m->C,
                          (float)m->rms_eps);

@@ -171,6 +171,8 @@ typedef struct Ops {
     void (*gemm)(const GemmArgs* args);
     // what products multiply instead of codes, as chosen at the start; NULL: they decode codes themselves
     const Carrier* (*carrier)(void);
+    // before the operands of these bases (index modulo OPERANDS: whose) are quantized anew
+    void (*carrier_begin)(CarrierBase* bases, int count);
     // x (rows, cols) = H (x * mask) in place: undoes trust mask and rotation of a gradient that lies in rotated space.
     // mask and row_scale may be NULL; row_scale (rows): powers of two that x's rows owe
     void (*unrotate)(RealArray x, const uint32_t* mask, const float* row_scale, int rows, int cols);

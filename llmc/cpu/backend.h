@@ -12,6 +12,7 @@ static void cpu_copy(void* to, const void* from, size_t bytes) { memcpy(to, from
 
 static void cpu_synchronize(void) {}
 static const Carrier* cpu_carrier(void) { return NULL; }
+static void cpu_carrier_begin(CarrierBase*, int) {}
 static void cpu_reserve(AttentionShape shape) { (void)shape; }  // grows as it goes
 
 static size_t cpu_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
@@ -118,6 +119,7 @@ static const Ops CPU_OPS = {
     .quantize_supports = cpu_quantize_supports,
     .gemm = cpu_gemm,
     .carrier = cpu_carrier,
+    .carrier_begin = cpu_carrier_begin,
     .unrotate = cpu_unrotate,
     .loss_sum = cpu_loss_sum,
     .sum_squares = cpu_sum_squares,

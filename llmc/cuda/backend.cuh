@@ -7,6 +7,7 @@
 #include "embedding.cuh"
 #include "gemm.cuh"
 #include "optimizer.cuh"
+#include "quantize.cuh"
 #include "rmsnorm.cuh"
 
 // How many GPUs the driver shows; 0 where there is none or no driver
@@ -87,6 +88,11 @@ static void cuda_copy_to_host(void* host, const void* device, size_t bytes) {
     cuda_check(cudaStreamSynchronize(gpu.stream));
 }
 static const Carrier* cuda_carrier(void) { return gpu.carrier; }
+static void cuda_carrier_begin(CarrierBase* bases, int count) {
+    if (gpu.carrier) {
+        carrier_bases_advance(bases, count, gpu.carrier);
+    }
+}
 static void cuda_synchronize(void) { cuda_check(cudaStreamSynchronize(gpu.stream)); }
 
 static size_t cuda_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
@@ -99,14 +105,6 @@ static size_t cuda_scratch_bytes(OperandSizes largest, AttentionShape shape, int
 static size_t cuda_program_bytes(int threads) {
     (void)threads;
     return (size_t)600 << 20;
-}
-
-static int cuda_quantize_supports(const QuantSpec* spec) {
-    return spec->format == FORMAT_FLOATX && spec->scale == SCALE_NONE && spec->rotation == ROTATE_NONE;
-}
-static void cuda_quantize(const QuantizeArgs*) { die(EXIT_UNEXPECTED, "internal: no quantizer on CUDA yet"); }
-static void cuda_unrotate(RealArray, const uint32_t*, const float*, int, int) {
-    die(EXIT_UNEXPECTED, "internal: no rotation on CUDA yet");
 }
 
 // scratch of attention for a model's shape, before the first step; it only grows
@@ -228,6 +226,7 @@ static const Ops CUDA_OPS = {
     .quantize_supports = cuda_quantize_supports,
     .gemm = cuda_gemm,
     .carrier = cuda_carrier,
+    .carrier_begin = cuda_carrier_begin,
     .unrotate = cuda_unrotate,
     .loss_sum = cuda_loss_sum,
     .sum_squares = cuda_sum_squares,

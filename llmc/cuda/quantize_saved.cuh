@@ -1,0 +1,400 @@
+// cuda/quantize_saved.cuh: backward operands from packed forward operands, read transposed: wt (C, OC) of w (OC, C), xt
+// (C, BT) of x (BT, C); decode, random signs, H, absmax, round.
+//
+//   saved_mma   bytes of an operand with one base, and nothing else: what training needs
+//   saved       all else, and second launches
+// 1.5 bytes an element leave some 15 instructions, of which 32 additions in butterflies would take 5, and as many more
+// would decode in f32. But decoded MXFP4 has two significant bits: where the scales of the 32 tokens lie within
+// 2^SPREAD of each other, every partial sum of H (s * x) is a multiple of half the smallest scale and below
+// 2^(SPREAD + 9) of those, so it is exact in f32 in any order, and the tensor cores compute the very sums of the
+// definition. Elsewhere (tokens that are zero, scales far apart, NaN) the warp takes the butterflies. H is +-1 and
+// comes as the B operand; the tokens' scales relative to the largest, with their signs, are multiplied into A.
+//
+// A warp has 32 tokens x 128 columns. Lane (g, t) = (lane / 4, lane % 4) loads for each of tokens 8t .. 8t+7 the 8
+// bytes with columns 16g .. 16g+15: of mma.m16n8k16's rows g and g + 8 the words of 8 codes each, of which every step
+// takes code j; and its four pairs of k. Column n of the j-th result tile is output 8 (n/2) + 2j + n%2, so that the
+// lane gets outputs 8t .. 8t+7 of both rows: 8 neighbouring bytes of the operand, a lane's quad one group.
+#pragma once
+#include "quantize_source.cuh"
+
+#define SAVED_COLUMNS 128  // of a warp
+#define SAVED_BLOCKS 4     // of 32 tokens, in a tile of 8 warps
+#define SAVED_TILE (GROUP_WARPS / SAVED_BLOCKS * SAVED_COLUMNS)
+#define SAVED_SPREAD 12    // octaves: sums then have at most 21 bits
+
+// 3/4 / sqrt(32) in one product: for every f32 but the mantissa 0x1.a660e2, of 24 bits, which the exact sums above do
+// not have, the code is that of the two products (all f32 of six octaves: quantize_bench.cu host)
+#define HADAMARD_ABSMAX_SCALE (HADAMARD_SCALE * 0.75f)
+
+// a warp's tile; top and bottom of the scales of the lane's 32 tokens
+typedef struct {
+    uint2 codes[8];      // of token 8t + i: 16 columns
+    uint32_t scales[2];  // their scale bytes
+    int top, bottom;
+} SavedTile;
+
+__device__ __forceinline__ uint32_t saved_scale(const SavedTile* tile, int i) {
+    return tile->scales[i / 4] >> (8 * (i % 4)) & 255u;
+}
+
+// token, column: the lane's first
+__device__ __forceinline__ void saved_load(SavedTile* tile, const QuantizeJob& job, uint32_t token, uint32_t column) {
+    int top = 0, bottom = 255;
+    const uint8_t* codes = job.saved_codes + (size_t)token * (job.rows / 2) + column / 2;
+    const uint8_t* scales = job.saved_scales + (size_t)token * (job.rows / GROUP) + column / GROUP;
+    tile->scales[0] = tile->scales[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int scale = *scales;
+        tile->codes[i] = *(const uint2*)codes;
+        tile->scales[i / 4] |= (uint32_t)scale << (8 * (i % 4));
+        top = max(top, scale);
+        bottom = min(bottom, scale);
+        codes += job.rows / 2;
+        scales += job.rows / GROUP;
+    }
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+        top = max(top, __shfl_xor_sync(FULL_WARP, top, offset));
+        bottom = min(bottom, __shfl_xor_sync(FULL_WARP, bottom, offset));
+    }
+    tile->top = top;
+    tile->bottom = bottom;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// butterflies: the definition
+
+// outputs 8t .. 8t+7 of code j of word h, without the last product: decode, signs, butterflies in the lane, then
+// between the lanes of the quad. signs: bit i of token 8t + i
+__device__ __forceinline__ void saved_butterflies(float* x, const SavedTile* tile, uint32_t signs, int h, int j,
+                                                  int rotate) {
+    int lane = threadIdx.x % WARP_LANES;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        uint32_t word = h ? tile->codes[i].y : tile->codes[i].x;
+        float value = mul_rn(e2m1_to_f32(word >> (4 * j) & 15u), ue8m0_to_f32(saved_scale(tile, i)));
+        x[i] = f32_from_bits(f32_bits(value) ^ (signs >> i & 1u) << 31);
+    }
+    if (!rotate) {
+        return;
+    }
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (!(k & distance)) {
+                float a = x[k], b = x[k + distance];
+                x[k] = add_rn(a, b);
+                x[k + distance] = sub_rn(a, b);
+            }
+        }
+    }
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            float other = __shfl_xor_sync(FULL_WARP, x[k], offset);
+            x[k] = lane & offset ? sub_rn(other, x[k]) : add_rn(x[k], other);
+        }
+    }
+}
+
+// stats of the slow variant, by lanes
+__device__ __forceinline__ void saved_stats(const QuantizeJob& job, const float* q, const float* rotated,
+                                            uint32_t scale, int valid) {
+    double error_sq = 0, input_sq = 0, zero = 0;
+    for (int k = 0; valid && k < 8; k++) {
+        float code = scale == UE8M0_NAN ? 0.0f : mul_rn(q[k], 1.0f / CODE_UNIT);
+        float error = sub_rn(mul_rn(mul_rn(code, ue8m0_to_f32(scale)), job.owed), rotated[k]);
+        error_sq += (double)error * error;
+        input_sq += (double)rotated[k] * rotated[k];
+        zero += code == 0.0f;
+    }
+    if (valid) {
+        atomicAdd(&job.stats->error_sq, error_sq);
+        atomicAdd(&job.stats->input_sq, input_sq);
+        atomicAdd(&job.stats->zero, zero);
+        atomicAdd(&job.stats->count, 8.0);
+    }
+}
+
+// x: the lane's eight codes in units, which begin at element `at` of the operand. E4M3_ONLY: only bytes are wanted
+template <int E4M3_ONLY>
+__device__ __forceinline__ void saved_store(const QuantizeJob& job, float* x, size_t at, uint32_t scale, int base) {
+    if (!E4M3_ONLY && job.codes) {
+        uint32_t codes = codes_pack(x);
+        *(uint32_t*)(job.codes + at / 2) = scale == UE8M0_NAN ? 0u : codes;
+    }
+    if (!E4M3_ONLY && job.scales && at % GROUP == 0) {
+        job.scales[at / GROUP] = (uint8_t)scale;
+    }
+    if (E4M3_ONLY || (job.operand && job.carrier != FORMAT_FLOATX)) {
+        uint32_t bytes[2];
+        Format carrier = E4M3_ONLY ? FORMAT_E4M3 : job.carrier;
+        carrier_pack<8>(bytes, x, carrier_factor(scale, base, CODE_UNIT_LOG2), carrier);
+        *(uint2*)((uint8_t*)job.operand + at) = make_uint2(bytes[0], bytes[1]);
+    } else if (job.operand) {
+        values_decode<8>(x, scale);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            ((floatX*)job.operand)[at + k] = to_floatX(x[k]);
+        }
+    }
+}
+
+// the lane's eight elements of one group, `at` the first
+template <Rounding ROUND, int STATS, int E4M3_ONLY>
+__device__ __forceinline__ void saved_group(const QuantizeJob& job, BaseUse* use, float* x, size_t at,
+                                            uint64_t round_stream, int valid) {
+    float largest = 0.0f, rotated[8], hadamard = job.rotation != ROTATE_NONE ? HADAMARD_SCALE : 1.0f;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        rotated[k] = mul_rn(x[k], hadamard);
+        largest = max_nan(largest, fabsf(rotated[k]));
+    }
+    largest = max_nan(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
+    largest = max_nan(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
+    uint32_t scale = absmax_scale(largest);
+    float factor = absmax_factor(scale, CODE_UNIT);
+    Philox random = {{0, 0, 0, 0}};
+    if (ROUND == ROUND_STOCHASTIC) {
+        random = philox(job.seed, job.round_index + at / 8, round_stream);
+    }
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        float value = mul_rn(rotated[k], factor);
+        x[k] = ROUND == ROUND_STOCHASTIC ? e2m1_stochastic(value, CODE_UNIT, random.w[k / 2], k % 2)
+                                         : e2m1_nearest(value, CODE_UNIT, 0);
+    }
+    if (STATS) {
+        saved_stats(job, x, rotated, scale, valid);
+        return;
+    }
+    int any = values_any<8>(x);
+    any |= __shfl_xor_sync(FULL_WARP, any, 1);
+    any |= __shfl_xor_sync(FULL_WARP, any, 2);
+    if (job.base && any && valid && scale != UE8M0_NAN && threadIdx.x % 4 == 0) {
+        base_count(use, job, scale);
+    }
+    if (valid) {
+        saved_store<E4M3_ONLY>(job, x, at, scale, use->base);
+    }
+}
+
+// the 16 columns of the lane; at: of its first element in the operand
+template <Rounding ROUND, int STATS, int E4M3_ONLY>
+__device__ __forceinline__ void saved_columns(const QuantizeJob& job, BaseUse* use, const SavedTile* tile,
+                                              uint32_t signs, size_t at, uint64_t round_stream, int valid) {
+#pragma unroll 1
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float x[8];
+            saved_butterflies(x, tile, signs, h, j, job.rotation != ROTATE_NONE);
+            saved_group<ROUND, STATS, E4M3_ONLY>(job, use, x, at + (size_t)(8 * h + j) * job.cols, round_stream,
+                                                 valid);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tensor cores
+
+__device__ __forceinline__ void mma_bf16(float* d, const uint32_t* a, const uint32_t* b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// h: the B operand of result tile j and its second half of k. Token 8t + 4s + 2u + i against output o has a minus where
+// t & o/8, s & (o/4 & 1), u & (o/2 & 1), i & o have an odd number of ones together; o/8 and o's lowest bit are the
+// lane's, (o/4 & 1, o/2 & 1) = (j/2, j%2). The first half of k, s = 0, has h[j % 2]. Read from memory, lest the
+// compiler see that the eight registers repeat each other: it would keep two and copy them into pairs again and again.
+__device__ __forceinline__ void saved_hadamard(uint32_t (*h)[2]) {
+    __shared__ volatile uint32_t signs[2][GROUP_THREADS];
+    uint32_t g = threadIdx.x % WARP_LANES / 4, t = threadIdx.x % 4;
+    uint32_t pair = 0x3f803f80u ^ (__popc(t & g / 2) & 1 ? 0x80008000u : 0u) ^ (g & 1) << 31;
+    signs[0][threadIdx.x] = pair;
+    signs[1][threadIdx.x] = pair ^ 0x80008000u;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        h[j][0] = signs[j / 2][threadIdx.x];
+        h[j][1] = signs[j / 2 ^ j % 2][threadIdx.x];
+    }
+}
+
+// factor: bf16 pairs for tokens 8t + 2i, + 1: sign * scale / largest scale * 2^126
+__device__ __forceinline__ void saved_factors(uint32_t* factor, const SavedTile* tile, uint32_t signs) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t low = (253u - (uint32_t)tile->top + saved_scale(tile, 2 * i)) << 7;
+        uint32_t high = (253u - (uint32_t)tile->top + saved_scale(tile, 2 * i + 1)) << 7;
+        factor[i] = (low | high << 16) ^ ((signs >> 2 * i & 1u) << 15 | (signs >> 2 * i & 2u) << 30);
+    }
+}
+
+// e2m1 codes of two tokens, 16 bits apart, as a bf16 pair: the bits s and iii of a code at 15 and 8 .. 6 are code *
+// 2^-126, index 1 being bf16's subnormal as it is e2m1's. One product puts the code at both places.
+template <int ODD> __device__ __forceinline__ uint32_t codes_bf16(uint32_t pair) {
+    uint32_t code = pair & (ODD ? 0x00f000f0u : 0x000f000fu);
+    return (code * (ODD ? 0x104u : 0x1040u)) & 0x81c081c0u;
+}
+
+// x[h] = outputs of code 2 * byte + ODD of word h, relative to the largest scale
+template <int ODD>
+__device__ __forceinline__ void saved_product(float (*x)[8], const SavedTile* tile, const uint32_t* factors, int byte,
+                                              const uint32_t (*h)[2]) {
+    uint32_t selector = 0x0400u + 0x0101u * (uint32_t)byte;  // that byte of two words
+    uint32_t a[2][4];
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++) {
+        uint2 even = tile->codes[2 * pair], odd = tile->codes[2 * pair + 1];
+        uint32_t codes[2] = {codes_bf16<ODD>(__byte_perm(even.x, odd.x, selector)),
+                             codes_bf16<ODD>(__byte_perm(even.y, odd.y, selector))};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            __nv_bfloat162 product = __hmul2(*(const __nv_bfloat162*)&codes[i], *(const __nv_bfloat162*)&factors[pair]);
+            a[pair / 2][pair % 2 * 2 + i] = *(uint32_t*)&product;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float d[4] = {0, 0, 0, 0};
+        mma_bf16(d, a[0], h[j & 1]);
+        mma_bf16(d, a[1], h[j]);
+        x[0][2 * j] = d[0], x[0][2 * j + 1] = d[1];
+        x[1][2 * j] = d[2], x[1][2 * j + 1] = d[3];
+    }
+}
+
+// What a tile's groups share. All is relative to the largest scale, and goes straight to the space of the carrier's
+// bytes: value * 2^-base, where only the unit depends on the group.
+typedef struct {
+    float factor;    // of the sums: 3/4 / sqrt(32) * largest scale / 2^base; stochastic: without 1/sqrt(32)
+    int unit;        // bits of a group's unit, less those of the power of two in its largest element
+    uint32_t under;  // groups with a smaller largest element than these bits have codes that are rounded
+    uint32_t top;    // the lane's largest
+    int count;       // of groups under
+} SavedSpace;
+
+__device__ __forceinline__ SavedSpace saved_space(const SavedTile* tile, int base, int stochastic) {
+    int reference = tile->top - 127 - base, limit = (carrier_bottom(FORMAT_E4M3) + 129 - reference) * (1 << 23);
+    float scale = f32_from_bits((uint32_t)(reference + 127) << 23);
+    SavedSpace space = {mul_rn(stochastic ? 0.75f : HADAMARD_ABSMAX_SCALE, scale), (reference - 2) * (1 << 23),
+                        limit > 0 ? (uint32_t)limit : 1u, 0, 0};
+    return space;
+}
+
+// Groups of zeros only have zeros of any sign here, and do not count.
+template <Rounding ROUND>
+__device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, SavedSpace* space, float* x, size_t at,
+                                             uint64_t round_stream) {
+    float largest = fabsf(x[0]);
+#pragma unroll
+    for (int k = 1; k < 8; k++) {
+        largest = fmaxf(largest, fabsf(x[k]));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
+    uint32_t bits = f32_bits(mul_rn(largest, HADAMARD_SCALE)) & 0x7f800000u;
+    float unit = f32_from_bits(bits + (uint32_t)space->unit);
+    space->top = max(space->top, bits);
+    space->count += bits - 1u < space->under - 1u;
+    Philox random = {{0, 0, 0, 0}};
+    if (ROUND == ROUND_STOCHASTIC) {
+        random = philox(job.seed, job.round_index + at / 8, round_stream);
+    }
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        if (ROUND == ROUND_STOCHASTIC) {
+            float value = mul_rn(mul_rn(x[k], HADAMARD_SCALE), space->factor);
+            x[k] = e2m1_stochastic(value, unit, random.w[k / 2], k % 2);
+        } else {
+            x[k] = e2m1_nearest_unsigned_zero(mul_rn(x[k], space->factor), unit);
+        }
+    }
+    return make_uint2(fp8_pack(x[0], x[1], x[2], x[3], FORMAT_E4M3), fp8_pack(x[4], x[5], x[6], x[7], FORMAT_E4M3));
+}
+
+// the 16 columns of the lane
+template <Rounding ROUND>
+__device__ __forceinline__ void saved_columns_mma(const QuantizeJob& job, BaseUse* use, const SavedTile* tile,
+                                                  uint32_t signs, const uint32_t (*h)[2], size_t at,
+                                                  uint64_t round_stream, int valid) {
+    uint32_t factors[4];
+    saved_factors(factors, tile, signs);
+    SavedSpace space = saved_space(tile, use->base, ROUND == ROUND_STOCHASTIC);
+    uint8_t* to = (uint8_t*)job.operand + at;
+#pragma unroll 1
+    for (int byte = 0; byte < 4; byte++) {
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            float x[2][8];
+            odd ? saved_product<1>(x, tile, factors, byte, h) : saved_product<0>(x, tile, factors, byte, h);
+            uint2 low = saved_bytes<ROUND>(job, &space, x[0], at, round_stream);
+            uint2 high = saved_bytes<ROUND>(job, &space, x[1], at + (size_t)8 * job.cols, round_stream);
+            if (valid) {
+                *(uint2*)to = low;
+                *(uint2*)(to + (size_t)8 * job.cols) = high;
+            }
+            to += job.cols;
+            at += job.cols;
+        }
+    }
+    if (valid && space.top) {
+        use->largest = max(use->largest, (int)(space.top >> 23) - 2 + tile->top - 127 - 127);
+        use->under += threadIdx.x % 4 == 0 ? space.count : 0;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// MMA: bytes of e4m3 with one base, nothing else, first launch
+template <Rounding ROUND, int STATS, int MMA>
+__global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ? 3 : 2)
+    quantize_saved_kernel(const __grid_constant__ QuantizeJob job) {
+    BaseUse use;
+    if (!base_begin(job, &use)) {
+        return;
+    }
+    Streams streams = job_streams(job);
+    uint32_t warp = threadIdx.x / WARP_LANES, g = threadIdx.x % WARP_LANES / 4, t = threadIdx.x % 4;
+    uint32_t blocks = job.cols / GROUP, tiles_across = (job.rows + SAVED_TILE - 1) / SAVED_TILE;
+    uint64_t tiles = (uint64_t)((blocks + SAVED_BLOCKS - 1) / SAVED_BLOCKS) * tiles_across;
+    uint32_t tile_at = (uint32_t)(tiles * blockIdx.x / gridDim.x);
+    uint32_t end = (uint32_t)(tiles * (blockIdx.x + 1) / gridDim.x);
+    uint32_t h[4][2];
+    if (MMA) {
+        saved_hadamard(h);
+    }
+    uint32_t signs_of = ~0u, word = 0;
+    for (; tile_at < end; tile_at++) {
+        uint32_t block = tile_at / tiles_across * SAVED_BLOCKS + warp % SAVED_BLOCKS;
+        uint32_t column = tile_at % tiles_across * SAVED_TILE + warp / SAVED_BLOCKS * SAVED_COLUMNS;
+        if (block >= blocks || column >= job.rows) {
+            continue;
+        }
+        SavedTile tile;
+        int valid = column + 16 * g < job.rows;  // other lanes work on the warp's first columns and store nothing
+        column += valid ? 16 * g : 0;
+        saved_load(&tile, job, block * GROUP + 8 * t, column);
+        if (job.rotation == ROTATE_SIGNED && block != signs_of) {
+            word = job_sign_word(job, streams.sign, block);
+            signs_of = block;
+        }
+        uint32_t signs = word >> (8 * t) & 255u;
+        size_t at = (size_t)column * job.cols + (size_t)block * GROUP + 8 * t;
+        // exact, and nothing near the ends of f32
+        int distance = tile.top - 127 - use.base;
+        int exact = tile.top - tile.bottom <= SAVED_SPREAD && tile.bottom >= 40 && tile.top <= 214 &&
+                    distance >= -60 && distance <= 60;
+        if (MMA && __all_sync(FULL_WARP, exact)) {
+            saved_columns_mma<ROUND>(job, &use, &tile, signs, h, at, streams.round, valid);
+        } else {
+            saved_columns<ROUND, STATS, MMA>(job, &use, &tile, signs, at, streams.round, valid);
+        }
+    }
+    base_end(job, &use);
+}
