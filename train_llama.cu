@@ -129,10 +129,7 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     double begin = clock_seconds();
     int observe =
         config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
-    model->linear.telemetry = observe ? model->telemetry : NULL;
-    if (observe) {
-        model->ops->zero(model->telemetry, sizeof(LinearTelemetry));
-    }
+    model_begin_telemetry(model, observe);
     double lr = schedule_lr(config, step);
     model_begin_step(model, lr, config->beta1, config->beta2, step + 1);
     model_zero_gradients(model);
@@ -147,10 +144,9 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     }
     issue(t, recorded, REPLAY_UPDATE, update);
     model->weights_quantized = 0;
-    model->linear.telemetry = NULL;
     StepControl result = model_read_control(model);
     if (observe) {
-        model->ops->copy_to_host(&t->telemetry, model->telemetry, sizeof(LinearTelemetry));
+        t->telemetry = model_read_telemetry(model, t->run.accumulation);
     }
     double loss = result.loss_sum / (double)config->batch_tokens;
     t->state.step++;

@@ -22,6 +22,8 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
       "what the linear layers compute: bf16 baseline or Quartet MXFP4")                                                \
     X(CHOICE, bwd_rounding, "rtn", "Model", "rtn|sr",                                                                  \
       "rounding of the FP4 backward operands: to nearest or stochastic")                                               \
+    X(TEXT, bf16_layers, "none", "Model", "none|first:N,last:M",                                                      \
+      "blocks at the beginning and the end whose linear layers stay in bf16")                                        \
     X(COUNT, layers, "auto", "Model", "N", "transformer blocks, instead of the preset's")                              \
     X(COUNT, channels, "auto", "Model", "N", "hidden size C")                                                          \
     X(COUNT, heads, "auto", "Model", "N", "query heads")                                                               \

@@ -14,6 +14,7 @@ typedef enum { LINEAR_QKV, LINEAR_O, LINEAR_GATE_UP, LINEAR_DOWN, LINEAR_KINDS }
 static const char* const LINEAR_NAMES[LINEAR_KINDS] = {"qkv", "o", "gate_up", "down"};
 
 typedef struct {
+    const Recipe* recipe;
     LinearKind kind;
     int layer;
     int C, OC;
@@ -22,12 +23,15 @@ typedef struct {
     QTensor w;             // the forward operand of this step
 } Linear;
 
-typedef struct { QuantStats x[LINEAR_KINDS], w[LINEAR_KINDS]; } LinearTelemetry;
+// Of one step. under: groups of a carrier's operand too far below the largest one to be exact, and all of its groups
+typedef struct {
+    QuantStats x[LINEAR_KINDS], w[LINEAR_KINDS];
+    double under[LINEAR_KINDS][OPERANDS], groups[LINEAR_KINDS][OPERANDS];
+} LinearTelemetry;
 
 // What every linear layer of a run shares
 typedef struct {
     const Ops* ops;
-    const Recipe* recipe;
     const Carrier* carrier;      // NULL: products decode codes themselves
     CarrierBase* bases;          // (layers, LINEAR_KINDS, OPERANDS), on the device
     Rounding option_rounding;    // --bwd-rounding
@@ -46,8 +50,8 @@ static const QuantSpec* recipe_spec(const Recipe* r, OperandId id) {
 static size_t carrier_operand_bytes(const Carrier* carrier, OperandId id, int rows, int cols) {
     return (size_t)rows * cols * (carrier->format[id] == FORMAT_FLOATX ? sizeof(floatX) : 1);
 }
-static size_t carrier_bytes(const LinearContext* ctx, OperandId id, int rows, int cols) {
-    if (!ctx->carrier || recipe_spec(ctx->recipe, id)->format == FORMAT_FLOATX) {
+static size_t carrier_bytes(const LinearContext* ctx, const Recipe* recipe, OperandId id, int rows, int cols) {
+    if (!ctx->carrier || recipe_spec(recipe, id)->format == FORMAT_FLOATX) {
         return 0;
     }
     size_t bytes = (size_t)round_up((int64_t)carrier_operand_bytes(ctx->carrier, id, rows, cols), 256);
@@ -55,27 +59,27 @@ static size_t carrier_bytes(const LinearContext* ctx, OperandId id, int rows, in
 }
 
 // Scratch for one operand of any GEMM: the carrier's elements, or codes where products decode
-static size_t linear_scratch_bytes(const LinearContext* ctx, int BT, int C, int OC) {
+static size_t linear_scratch_bytes(const LinearContext* ctx, const Recipe* recipe, int BT, int C, int OC) {
     const int shapes[OPERANDS][2] = {{BT, C}, {0, 0}, {BT, OC}, {C, OC}, {OC, BT}, {C, BT}};
     size_t most = 0;
     for (int id = 0; id < OPERANDS; id++) {
         int rows = shapes[id][0], cols = shapes[id][1];
-        size_t codes = id == OPERAND_X ? 0 : qtensor_bytes(recipe_spec(ctx->recipe, (OperandId)id), rows, cols);
-        most = max_size(most, ctx->carrier ? carrier_bytes(ctx, (OperandId)id, rows, cols) : codes);
+        size_t codes = id == OPERAND_X ? 0 : qtensor_bytes(recipe_spec(recipe, (OperandId)id), rows, cols);
+        most = max_size(most, ctx->carrier ? carrier_bytes(ctx, recipe, (OperandId)id, rows, cols) : codes);
     }
     return most;
 }
 
 // what a weight keeps for the step
-static size_t linear_weight_bytes(const LinearContext* ctx, int C, int OC) {
-    return (size_t)round_up((int64_t)qtensor_bytes(&ctx->recipe->w, OC, C), 256) +
-           (size_t)round_up((int64_t)carrier_bytes(ctx, OPERAND_W, OC, C), 256);
+static size_t linear_weight_bytes(const LinearContext* ctx, const Recipe* recipe, int C, int OC) {
+    return (size_t)round_up((int64_t)qtensor_bytes(&recipe->w, OC, C), 256) +
+           (size_t)round_up((int64_t)carrier_bytes(ctx, recipe, OPERAND_W, OC, C), 256);
 }
 
-// where an operand's parts lie: codes, scales and mask over `kept` (or nowhere, where NULL), the carrier's elements over
-// `scratch`
-static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, const Linear* linear, const QuantSpec* spec,
-                                     int rows, int cols, void* kept, void* scratch) {
+// where an operand's parts lie: codes, scales and mask over `kept` (or nowhere, where NULL), the carrier's elements
+// over `scratch`
+static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, const Linear* linear,
+                                     const QuantSpec* spec, int rows, int cols, void* kept, void* scratch) {
     if (!ctx->carrier) {
         return qtensor_at(spec, rows, cols, kept ? kept : scratch);
     }
@@ -101,7 +105,7 @@ static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, con
 static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Linear* linear, void* kept, void* scratch,
                               int rows, int cols, const floatX* tensor, const QTensor* saved, int transposed,
                               QuantStats* stats) {
-    QuantSpec spec = *recipe_spec(ctx->recipe, id);
+    QuantSpec spec = *recipe_spec(linear->recipe, id);
     if (spec.format == FORMAT_FLOATX) {
         return qtensor_view(tensor, rows, cols, transposed);
     }
@@ -129,7 +133,7 @@ static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Line
 // w for this step. memory: linear_weight_bytes, kept until the next call.
 static void linear_quantize_weight(const LinearContext* ctx, Linear* linear, void* memory) {
     QuantStats* stats = ctx->telemetry ? &ctx->telemetry->w[linear->kind] : NULL;
-    char* carried = (char*)memory + round_up((int64_t)qtensor_bytes(&ctx->recipe->w, linear->OC, linear->C), 256);
+    char* carried = (char*)memory + round_up((int64_t)qtensor_bytes(&linear->recipe->w, linear->OC, linear->C), 256);
     linear->w = linear_operand(ctx, OPERAND_W, linear, memory, carried, linear->OC, linear->C, linear->weight, NULL, 0,
                                stats);
 }
@@ -152,7 +156,7 @@ static void linear_forward(const LinearContext* ctx, const Linear* linear, float
 // dinp (BT, C) = gradient of inp; dweight += gradient of the weight, in rotated space where the recipe rotates
 static void linear_backward(const LinearContext* ctx, const Linear* linear, floatX* dinp, const floatX* dout,
                             const QTensor* x, int BT) {
-    const Recipe* recipe = ctx->recipe;
+    const Recipe* recipe = linear->recipe;
     int C = linear->C, OC = linear->OC;
     void *a = ctx->operand_a, *b = ctx->operand_b;
     QTensor dy = linear_operand(ctx, OPERAND_DY, linear, NULL, a, BT, OC, dout, NULL, 0, NULL);
@@ -170,7 +174,7 @@ static void linear_backward(const LinearContext* ctx, const Linear* linear, floa
 
 // once per optimizer step, after the last micro-batch: the gradient back into the weight's own space
 static void linear_finish_gradient(const LinearContext* ctx, const Linear* linear) {
-    const Recipe* recipe = ctx->recipe;
+    const Recipe* recipe = linear->recipe;
     if (recipe_rotates(recipe) && recipe->xt.source == SOURCE_SAVED) {
         ctx->ops->unrotate(linear->dweight, recipe->w_grad == GRAD_TRUST_MASK ? linear->w.mask : NULL, NULL,
                            linear->OC, linear->C);

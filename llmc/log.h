@@ -1,9 +1,9 @@
 // log.h: what a run says: the console, OUT/metrics.jsonl, rates and the time left.
 //
 // metrics.jsonl holds one object a line: {"type":"run",..every option..}, then "step", "val", "save", "resume", "skip",
-// "memory" (bytes in use), "end" records. Losses are nats per token, grad_norm is before clipping, dt_ms is the wall time of the step. A resumed
-// run first drops the records of steps after its checkpoint, so no step stands twice; the file is replaced by rename,
-// never cut in place.
+// "memory" (bytes in use), "end" records. Losses are nats per token, grad_norm is before clipping, dt_ms is the wall
+// time of the step. A resumed run first drops the records of steps after its checkpoint, so no step stands twice; the
+// file is replaced by rename, never cut in place.
 #pragma once
 #include "checkpoint.h"
 
@@ -119,7 +119,16 @@ static void format_count(char* buffer, size_t bytes, double x) {
 }
 
 static void log_telemetry(Log* log, const LinearTelemetry* telemetry) {
-    fprintf(log->metrics, ",\"fp4\":{");
+    static const char* const names[OPERANDS] = {"x", "w", "dy", "wt", "dyt", "xt"};
+    fprintf(log->metrics, ",\"under_window\":{");
+    for (int id = 0; id < OPERANDS; id++) {
+        double worst = 0.0;  // of the kinds of linear layers
+        for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+            worst = fmax(worst, telemetry->under[kind][id] / telemetry->groups[kind][id]);
+        }
+        fprintf(log->metrics, "%s\"%s\":%.3g", id ? "," : "", names[id], worst);
+    }
+    fprintf(log->metrics, "},\"fp4\":{");
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         const QuantStats *x = &telemetry->x[kind], *w = &telemetry->w[kind];
         fprintf(log->metrics,

@@ -13,7 +13,8 @@
 typedef enum { OPERAND_X, OPERAND_W, OPERAND_DY, OPERAND_WT, OPERAND_DYT, OPERAND_XT, OPERANDS } OperandId;
 
 // What a GPU's instructions multiply in place of codes and scales: the same values, or nearly (see CarrierBase). For
-// each operand its type, and whether each row has a base of its own: a factor that the reader of the product's rows owes.
+// each operand its type, and whether each row has a base of its own: a factor that the reader of the product's rows
+// owes.
 typedef struct {
     const char* name;
     Format format[OPERANDS];

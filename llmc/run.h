@@ -79,8 +79,26 @@ static void run_resolve_length(Run* run) {
     }
 }
 
+// --bf16-layers: none, or first:N and last:M in any order
+static void run_resolve_dense(Run* run) {
+    const char *text = run->config.bf16_layers, *at = text;
+    int L = run->model_config.L;
+    while (strcmp(text, "none") && *at) {
+        int last = starts_with(at, "last:"), skip = last ? 5 : 6, used = 0, count = -1;
+        int ok = (last || starts_with(at, "first:")) && sscanf(at + skip, "%d%n", &count, &used) == 1 && count >= 0 &&
+                 (at[skip + used] == 0 || (at[skip + used] == ',' && at[skip + used + 1]));
+        check_or(ok, EXIT_USAGE, "--bf16-layers is '%s', but must be none or as first:1,last:2", text);
+        *(last ? &run->training.dense_last : &run->training.dense_first) = count;
+        at += skip + used + (at[skip + used] == ',');
+    }
+    check_or(run->training.dense_first + run->training.dense_last <= L, EXIT_USAGE,
+             "--bf16-layers %s names %d blocks, the model has %d", text,
+             run->training.dense_first + run->training.dense_last, L);
+}
+
 static void run_resolve_training(Run* run) {
     const Config* c = &run->config;
+    run_resolve_dense(run);
     int lean = !strcmp(c->adam_dtype, "bf16"), narrow = !strcmp(c->grad_dtype, "bf16");
     check_or(sizeof(floatX) == 2 || (!lean && !narrow), EXIT_USAGE,
              "--adam-dtype bf16 and --grad-dtype bf16 need the build of make PRECISION=BF16; this one computes in f32");

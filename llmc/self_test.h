@@ -64,7 +64,8 @@ static int self_test_gemm(const Ops* ops, const QuantSpec* spec, OperandId a_id,
     const int M = SELF_TEST_ROWS, K = SELF_TEST_COLS;
     LinearContext ctx = {};
     Linear linear = {};
-    ctx.ops = ops, ctx.recipe = recipe_find("quartet"), ctx.carrier = ops->carrier();
+    linear.recipe = recipe_find("quartet");
+    ctx.ops = ops, ctx.carrier = ops->carrier();
     ctx.bases = (CarrierBase*)ops->alloc(sizeof(CarrierBase) * OPERANDS, "self-test");
     size_t bytes = qtensor_bytes(spec, M, K);
     float *out = (float*)ops->alloc(sizeof(float) * M * M, "self-test"), result[SELF_TEST_ROWS * SELF_TEST_ROWS],
@@ -75,7 +76,7 @@ static int self_test_gemm(const Ops* ops, const QuantSpec* spec, OperandId a_id,
     for (int i = 0; i < 2; i++) {
         OperandId id = (OperandId)(a_id + i);
         device[i] = ops->alloc(bytes, "self-test"), host[i] = malloc_or_die(bytes, "self-test");
-        operand[i] = ops->alloc(max_size(1, carrier_bytes(&ctx, id, M, K)), "self-test");
+        operand[i] = ops->alloc(max_size(1, carrier_bytes(&ctx, linear.recipe, id, M, K)), "self-test");
         q[i] = linear_operand_memory(&ctx, id, &linear, spec, M, K, device[i], operand[i]);
         copy[i] = qtensor_at(spec, M, K, host[i]);
         QuantizeArgs args = {.out = &q[i],

@@ -328,7 +328,7 @@ static void replay_curve(double* losses, Model* model, int recorded) {
 
 // a recorded step does what the issued one does, with and without a master copy; both learn
 static void cuda_test_model_replay(const Model* cpu_model, int lean) {
-    TrainingMemory training = {RECOMPUTE_NONE, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, 1};
+    TrainingMemory training = {RECOMPUTE_NONE, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, 1, 0, 0};
     double losses[2][6];
     char* states[2];
     for (int recorded = 0; recorded < 2; recorded++) {

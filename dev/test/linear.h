@@ -212,11 +212,11 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     const Recipe* r = recipe_find(recipe);
     c.dw = (float*)calloc_or_die((size_t)OC * C * sizeof(float), "test");
     c.ctx.ops = &CPU_OPS;
-    c.ctx.recipe = r;
+    c.linear.recipe = r;
     c.ctx.option_rounding = rounding;
     c.ctx.seed = 4321;
     c.ctx.position = &TEST_POSITION;
-    size_t scratch = linear_scratch_bytes(&c.ctx, BT, C, OC);
+    size_t scratch = linear_scratch_bytes(&c.ctx, r, BT, C, OC);
     c.ctx.operand_a = malloc_or_die(scratch, "test");
     c.ctx.operand_b = malloc_or_die(scratch, "test");
     c.linear.kind = LINEAR_GATE_UP;
@@ -225,7 +225,7 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     c.linear.OC = OC;
     c.linear.weight = c.w;
     c.linear.dweight = real_f32(c.dw);
-    c.w_memory = malloc_or_die(linear_weight_bytes(&c.ctx, C, OC), "test");
+    c.w_memory = malloc_or_die(linear_weight_bytes(&c.ctx, r, C, OC), "test");
     c.x_memory = malloc_or_die(qtensor_bytes(&r->x, BT, C), "test");
     linear_quantize_weight(&c.ctx, &c.linear, c.w_memory);
     linear_forward(&c.ctx, &c.linear, c.y, &c.saved, c.x_memory, c.x, BT);
@@ -368,7 +368,7 @@ static void test_linear_dense(int BT, int C, int OC) {
 // signs are fresh for every seed, step, micro-batch, layer, linear layer and GEMM
 static void test_linear_fresh_signs(void) {
     LinearCase c = linear_case("quartet", ROUND_NEAREST, 32, 64, 32);
-    void* memory = malloc_or_die(qtensor_bytes(&c.ctx.recipe->dy, 32, 32), "test");
+    void* memory = malloc_or_die(qtensor_bytes(&c.linear.recipe->dy, 32, 32), "test");
     QTensor base = linear_operand(&c.ctx, OPERAND_DY, &c.linear, NULL, memory, 32, 32, c.dy, NULL, 0, NULL);
     for (int change = 0; change < 7; change++) {
         LinearContext ctx = c.ctx;

@@ -149,11 +149,12 @@ static void test_narrow_gradients(void) {
     test_free(dout, x, weight, narrow, dx, wide, product, sum);
 }
 
-static Model memory_model(const char* recipe, Recompute recompute, int lean) {
+static Model memory_model(const char* recipe, Recompute recompute, int lean, int dense_first, int dense_last) {
     ModelConfig m = {.name = {}, .L = 3, .C = 64, .NH = 4, .NKV = 2, .HS = 16, .F = 96, .V = 50, .tied = 0,
                      .max_positions = 32, .rope_theta = 10000.0, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 1,
                      .rope_high = 4, .rope_original = 16};
-    TrainingMemory training = {recompute, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, !lean};
+    TrainingMemory training = {recompute, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, !lean,
+                               dense_first, dense_last};
     Model model;
     model_prepare(&model, &CPU_OPS, &m, recipe_find(recipe), training, 2, 32);
     model.linear.option_rounding = ROUND_STOCHASTIC;
@@ -162,26 +163,29 @@ static Model memory_model(const char* recipe, Recompute recompute, int lean) {
     return model;
 }
 
-// every level makes the same gradients to the bit, in less memory
-static void test_recompute(const char* recipe) {
+static void memory_gradients(Model* model) {
     int32_t inputs[64], targets[64];
     uint64_t state = 3;
     for (int i = 0; i < 64; i++) {
         inputs[i] = (int32_t)(test_random(&state) % 50), targets[i] = (int32_t)(test_random(&state) % 50);
     }
+    model_begin_step(model, 0.0, 0.9, 0.9, 1);
+    model_zero_gradients(model);
+    model_forward(model, inputs, targets, 1.0f / 64.0f, 1);
+    model_backward(model);
+    model_finish_gradients(model);
+}
+
+// every level makes the same gradients to the bit, in less memory
+static void test_recompute(const char* recipe, int dense) {
     float* want = NULL;
     size_t before = 0;
     for (int level = 0; level < RECOMPUTE_LEVELS; level++) {
-        Model model = memory_model(recipe, (Recompute)level, 0);
-        for (int step = 0; step < 2; step++) {  // the second one starts from what the first left in the buffers
-            model_begin_step(&model, 0.0, 0.9, 0.9, 1);
-            model_zero_gradients(&model);
-            model_forward(&model, inputs, targets, 1.0f / 64.0f, 1);
-            model_backward(&model);
-            model_finish_gradients(&model);
-        }
+        Model model = memory_model(recipe, (Recompute)level, 0, dense, dense);
+        memory_gradients(&model);
+        memory_gradients(&model);  // starts from what the first left in the buffers
         size_t bytes = model.memory_bytes[MEMORY_ACTIVATIONS], grads = model.table.elements * sizeof(float);
-        int quantized = model.linear.recipe->x.format != FORMAT_FLOATX;
+        int quantized = model.recipe->x.format != FORMAT_FLOATX;
         if (level == 0) {
             want = (float*)malloc_or_die(grads, "test");
             memcpy(want, model.grads.data, grads);
@@ -205,12 +209,33 @@ static void test_recompute(const char* recipe) {
     free(want);
 }
 
+// all blocks dense is the bf16 recipe; one dense block is neither that nor quartet
+static void test_dense_blocks(void) {
+    const struct { const char* recipe; int first, last; } cases[] = {
+        {"bf16", 0, 0}, {"quartet", 3, 0}, {"quartet", 1, 2}, {"quartet", 0, 3}, {"quartet", 0, 0}, {"quartet", 1, 0},
+        {"quartet", 0, 1}};
+    Model models[7];
+    for (int i = 0; i < 7; i++) {
+        models[i] = memory_model(cases[i].recipe, RECOMPUTE_NONE, 0, cases[i].first, cases[i].last);
+        memory_gradients(&models[i]);
+        for (int j = 0; j < i; j++) {
+            int same = !memcmp(models[i].grads.data, models[j].grads.data, models[i].table.elements * sizeof(float));
+            expect(same == (i < 4), "blocks %d and %d dense, and %d and %d: %s gradients", cases[i].first,
+                   cases[i].last, cases[j].first, cases[j].last, same ? "the same" : "other");
+        }
+    }
+    for (int i = 0; i < 7; i++) {
+        model_free(&models[i]);
+    }
+}
+
 // checkpoints of runs with and without a master copy are each other's
 static void test_lean_checkpoints(void) {
     for (int from = 0; from < 2; from++) {
         for (int to = 0; to < 2; to++) {
             char *out = make_temp_folder(), error[1024];
-            Model a = memory_model("bf16", RECOMPUTE_NONE, from), b = memory_model("bf16", RECOMPUTE_NONE, to);
+            Model a = memory_model("bf16", RECOMPUTE_NONE, from, 0, 0),
+                  b = memory_model("bf16", RECOMPUTE_NONE, to, 0, 0);
             size_t n = a.table.elements;
             for (size_t i = 0; i < n; i++) {
                 real_set(a.m, i, 1e-3f * (float)i), real_set(a.v, i, 1e-5f * (float)i);
@@ -304,7 +329,9 @@ static void test_memory(void) {
         test_fit();
     }
     test_narrow_gradients();
-    test_recompute("bf16");
-    test_recompute("quartet");
+    test_recompute("bf16", 0);
+    test_recompute("quartet", 0);
+    test_recompute("quartet", 1);
+    test_dense_blocks();
     test_lean_checkpoints();
 }
