@@ -37,7 +37,8 @@ static Generator generator_open(const Model* model, int positions) {
     g.values = (floatX*)ops->alloc((size_t)m->L * positions * KV * X, what);
     g.tokens = (int32_t*)ops->alloc(R * sizeof(int32_t), what);
     g.operand = ops->alloc(max_size(1, qtensor_bytes(&model->recipe->x, GENERATE_ROWS, (int)widest)), what);
-    g.carried = ops->alloc(max_size(1, carrier_bytes(&model->linear, model->recipe, OPERAND_X, GENERATE_ROWS, (int)widest)), what);
+    g.carried = ops->alloc(
+        max_size(1, carrier_bytes(&model->linear, model->recipe, OPERAND_X, GENERATE_ROWS, (int)widest)), what);
     g.positions = positions;
     return g;
 }

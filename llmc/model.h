@@ -30,73 +30,84 @@ static void model_quantize_weights(Model* model) {
     model->weights_quantized = 1;
 }
 
-// From norm1, the normalized entry of the block, to SwiGLU's output: what backward needs
+// the entry of block l, which is a + b (b NULL: what stands there), behind its first norm: the operand of qkv
+static void model_enter_block(Model* model, int l, const floatX* a, const floatX* b) {
+    BlockActivations* block = &model->blocks[l];
+    block->x[LINEAR_QKV] = linear_norm_input(
+        &model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_QKV], block->x_memory[LINEAR_QKV], block->norm1,
+        block->inp, block->rstd1, a, b, model_weight(model, P_NORM1, l), model->B * model->T,
+        (float)model->config.rms_eps);
+}
+
+// the operand of gate+up: of mid = inp + b, or of mid as it stands where b is NULL
+static void model_norm_middle(Model* model, int l, const floatX* b) {
+    BlockActivations* block = &model->blocks[l];
+    block->x[LINEAR_GATE_UP] = linear_norm_input(
+        &model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], block->x_memory[LINEAR_GATE_UP],
+        block->norm2, block->mid, block->rstd2, b ? block->inp : block->mid, b, model_weight(model, P_NORM2, l),
+        model->B * model->T, (float)model->config.rms_eps);
+}
+
+// from the operand of qkv to that of down
 static void model_forward_block_inside(Model* model, int l) {
     const Ops* ops = model->ops;
-    const ModelConfig* m = &model->config;
     const LinearContext* ctx = &model->linear;
     BlockActivations* b = &model->blocks[l];
     const Linear* linears = model->linears + l * LINEAR_KINDS;
     int BT = model->B * model->T;
     AttentionShape shape = attention_shape(model, model->B, model->T);
-    linear_forward(ctx, &linears[LINEAR_QKV], b->qkv, &b->x[LINEAR_QKV], b->x_memory[LINEAR_QKV], b->norm1, BT);
+    linear_product(ctx, &linears[LINEAR_QKV], b->qkv, &b->x[LINEAR_QKV]);
     ops->rope(b->qkv, model->rope_table, shape, 0, 0);
     ops->attention_forward(b->att, b->lse, b->qkv, shape);
     linear_forward(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O], b->x_memory[LINEAR_O], b->att, BT);
-    ops->add_rmsnorm_forward(b->mid, b->norm2, b->rstd2, b->inp, model->projection, model_weight(model, P_NORM2, l), BT,
-                             m->C, (float)m->rms_eps);
-    linear_forward(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP], b->x_memory[LINEAR_GATE_UP],
-                   b->norm2, BT);
-    ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
+    model_norm_middle(model, l, model->projection);
+    linear_product(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
+    b->x[LINEAR_DOWN] =
+        linear_swiglu_input(ctx, &linears[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act, b->gate_up, BT);
 }
 
-// From norm1 to the entry of the next block and its norm: each residual add is one operation with the norm behind it.
+// From the operand of qkv to that of the next block: each residual add is one operation with the norm behind it.
 static void model_forward_block(Model* model, int l) {
     const ModelConfig* m = &model->config;
     BlockActivations* b = &model->blocks[l];
-    int BT = model->B * model->T, last = l + 1 == m->L;
     model_forward_block_inside(model, l);
-    linear_forward(&model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN], model->projection,
-                   &b->x[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act, BT);
-    BlockActivations* next = last ? NULL : b + 1;
-    model->ops->add_rmsnorm_forward(last ? model->out : next->inp, last ? model->final_norm : next->norm1,
-                                    last ? model->rstd_final : next->rstd1, b->mid, model->projection,
-                                    last ? model_weight(model, P_NORM, -1) : model_weight(model, P_NORM1, l + 1), BT,
-                                    m->C, (float)m->rms_eps);
+    linear_product(&model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN], model->projection,
+                   &b->x[LINEAR_DOWN]);
+    if (l + 1 < m->L) {
+        model_enter_block(model, l + 1, b->mid, model->projection);
+    } else {
+        model->ops->add_rmsnorm_forward(model->out, model->final_norm, model->rstd_final, b->mid, model->projection,
+                                        model_weight(model, P_NORM, -1), model->B * model->T, m->C,
+                                        (float)m->rms_eps);
+    }
 }
 
 // What forward did not keep of a block, made again as forward made it. The last block's is still there.
 static void model_rebuild_block(Model* model, int l) {
-    const Ops* ops = model->ops;
-    const ModelConfig* m = &model->config;
     const LinearContext* ctx = &model->linear;
     BlockActivations* b = &model->blocks[l];
+    const Linear* linears = model->linears + l * LINEAR_KINDS;
     Recompute recompute = model->training.recompute;
-    int BT = model->B * model->T, dense = block_is_dense(model, l);
-    if (recompute == RECOMPUTE_NONE || l + 1 == m->L) {
+    int dense = block_is_dense(model, l);
+    if (recompute == RECOMPUTE_NONE || l + 1 == model->config.L) {
         return;
     }
     if (dense || recompute == RECOMPUTE_BLOCK) {
-        ops->rmsnorm_forward(b->norm1, b->rstd1, b->inp, model_weight(model, P_NORM1, l), BT, m->C, (float)m->rms_eps);
+        model_enter_block(model, l, b->inp, NULL);
     }
     if (recompute == RECOMPUTE_BLOCK) {
         model_forward_block_inside(model, l);
-    } else {
-        if (dense || recompute == RECOMPUTE_FFN) {
-            ops->rmsnorm_forward(b->norm2, b->rstd2, b->mid, model_weight(model, P_NORM2, l), BT, m->C,
-                                 (float)m->rms_eps);
-        }
-        if (recompute == RECOMPUTE_FFN) {
-            linear_forward(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP],
-                           b->x_memory[LINEAR_GATE_UP], b->norm2, BT);
-        }
-        if (dense || recompute == RECOMPUTE_FFN) {
-            ops->swiglu_forward(b->act, b->gate_up, BT, m->F);
-        }
+        return;
     }
-    if (recompute >= RECOMPUTE_FFN) {
-        b->x[LINEAR_DOWN] = linear_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN],
-                                         b->x_memory[LINEAR_DOWN], b->act, BT, NULL);
+    if (dense || recompute == RECOMPUTE_FFN) {
+        model_norm_middle(model, l, NULL);
+    }
+    if (recompute == RECOMPUTE_FFN) {
+        linear_product(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
+    }
+    if (dense || recompute == RECOMPUTE_FFN) {
+        b->x[LINEAR_DOWN] = linear_swiglu_input(ctx, &linears[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act,
+                                                b->gate_up, model->B * model->T);
     }
 }
 
@@ -153,8 +164,7 @@ static void model_run_forward(Model* model, float grad_scale, int with_grad) {
     model_quantize_weights(model);
     model_begin_operands(model);
     ops->embedding_forward(first->inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
-    ops->rmsnorm_forward(first->norm1, first->rstd1, first->inp, model_weight(model, P_NORM1, 0), (int)BT, m->C,
-                         (float)m->rms_eps);
+    model_enter_block(model, 0, first->inp, NULL);
     for (int l = 0; l < m->L; l++) {
         model_forward_block(model, l);
     }
@@ -189,6 +199,20 @@ static StepControl model_read_control(const Model* model) {
 // ---------------------------------------------------------------------------------------------------------------------
 // backward: gradients of all parameters +=, after a model_forward with_grad of the same micro-batch
 
+// dresidual += gradient of the norm's input inp; dnorm owes `owed`
+static void model_norm_backward(Model* model, Owed owed, ParamKind norm, int l, const floatX* inp, const float* rstd) {
+    int BT = model->B * model->T, C = model->config.C;
+    RealArray dweight = model_grad(model, norm, l);
+    const floatX* weight = model_weight(model, norm, l);
+    if (owed.rotated) {
+        model->ops->unrotate_rmsnorm_backward(model->dresidual, dweight, model->dnorm, owed.mask, owed.row_scale,
+                                              model->dresidual, inp, weight, rstd, BT, C);
+    } else {
+        model->ops->rmsnorm_backward(model->dresidual, dweight, model->dnorm, model->dresidual, inp, weight, rstd, BT,
+                                     C);
+    }
+}
+
 static void model_backward_block(Model* model, int l) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
@@ -199,18 +223,21 @@ static void model_backward_block(Model* model, int l) {
     AttentionShape shape = attention_shape(model, model->B, model->T);
 
     model_rebuild_block(model, l);
-    linear_backward(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
-    ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
-    linear_backward(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
-    ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM2, l), model->dnorm, model->dresidual, b->mid,
-                          model_weight(model, P_NORM2, l), b->rstd2, BT, m->C);
+    Owed owed = linear_backward_owed(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
+    if (owed.rotated) {
+        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up, BT, m->F);
+    } else {
+        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
+    }
+    owed =
+        linear_backward_owed(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
+    model_norm_backward(model, owed, P_NORM2, l, b->mid, b->rstd2);
 
     linear_backward(ctx, &linears[LINEAR_O], model->datt, model->dresidual, &b->x[LINEAR_O], BT);
     ops->attention_backward(model->dqkv, model->datt, b->att, b->qkv, b->lse, shape);
     ops->rope(model->dqkv, model->rope_table, shape, 0, 1);
-    linear_backward(ctx, &linears[LINEAR_QKV], model->dnorm, model->dqkv, &b->x[LINEAR_QKV], BT);
-    ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM1, l), model->dnorm, model->dresidual, b->inp,
-                          model_weight(model, P_NORM1, l), b->rstd1, BT, m->C);
+    owed = linear_backward_owed(ctx, &linears[LINEAR_QKV], model->dnorm, model->dqkv, &b->x[LINEAR_QKV], BT);
+    model_norm_backward(model, owed, P_NORM1, l, b->inp, b->rstd1);
 }
 
 static void model_backward(Model* model) {

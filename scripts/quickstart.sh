@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # quickstart.sh: from a fresh clone to a small Llama, trained with FP4 linear layers, that writes English. Needs no GPU;
-# where there is one, a larger model is trained on it (in bf16: FP4 does not run on the GPU in this version).
+# where there is one, a larger model is trained on it.
 #
 #     ./scripts/quickstart.sh                         the King James Bible, byte by byte: a few minutes on 2 cores
 #     TEXT=novel.txt ./scripts/quickstart.sh          your own text ("a.txt b.txt": several)
@@ -16,7 +16,7 @@ set -euo pipefail
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 STEPS=${STEPS:-600}
 DEVICE=${DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)}
-RECIPE=${RECIPE:-$([ "$DEVICE" = cuda ] && echo bf16 || echo quartet)}
+RECIPE=${RECIPE:-quartet}
 TEXT=${TEXT:-}
 
 fail() { echo "quickstart: $1" >&2; exit "${2:-1}"; }
