@@ -11,10 +11,12 @@
 
 #include "dev/test/harness.h"
 
-#include "dev/test/cuda_model.h"
+#include "dev/test/cuda_fp8.h"
+#include "dev/test/cuda_quant_model.h"
 #include "dev/test/data.h"
 #include "dev/test/export.h"
 #include "dev/test/formats.h"
+#include "dev/test/fp8.h"
 #include "dev/test/gradient.h"
 #include "dev/test/json.h"
 #include "dev/test/linear.h"
@@ -38,6 +40,7 @@ static const Section SECTIONS[] = {
     {"formats", test_formats, "number formats and their rounding"},
     {"quant", test_quant, "quantizers against the NumPy reference, bit for bit"},
     {"linear", test_linear, "quantized linear layers, recipes, unbiased rounding"},
+    {"fp8", test_fp8, "8-bit operands and linear layers"},
     {"ops", test_ops, "every operation against f64"},
     {"update", test_update, "sums, skip, AdamW"},
     {"memory", test_memory, "narrow state, recomputation, what fits"},
@@ -49,6 +52,8 @@ static const Section SECTIONS[] = {
     {"generate", test_generate, "cached decoding, sampling"},
     {"cuda", test_cuda, "every operation on the GPU against the CPU"},
     {"cuda_model", test_cuda_model, "a whole model on the GPU against the CPU: gradients, training, checkpoints"},
+    {"cuda_quant", test_cuda_quant, "Quartet on the GPU against the CPU: operands, products, layers, a whole model"},
+    {"cuda_fp8", test_cuda_fp8, "the fp8 recipe on the GPU against the CPU"},
 };
 #define SECTION_COUNT ((int)(sizeof SECTIONS / sizeof SECTIONS[0]))
 

@@ -128,7 +128,7 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     int64_t step = t->state.step;
     double begin = clock_seconds();
     int observe =
-        config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format != FORMAT_FLOATX;
+        config->log_every > 0 && (step + 1) % config->log_every == 0 && t->run.recipe->x.format == FORMAT_MXFP4;
     model_begin_telemetry(model, observe);
     double lr = schedule_lr(config, step);
     model_begin_step(model, lr, config->beta1, config->beta2, step + 1);
@@ -258,10 +258,10 @@ static void print_header(const Trainer* t, const Ops* ops) {
     printf("model      %s: %s parameters, %d layers, %d channels, %d heads (%d kv), ffn %d, vocabulary %d%s\n", m->name,
            params, m->L, m->C, m->NH, m->NKV, m->F, m->V, m->tied ? ", tied" : "");
     printf("recipe     %s: %s%s%s\n", t->run.recipe->name, t->run.recipe->what,
-           t->run.recipe->x.format == FORMAT_FLOATX ? "" : "; backward ",
-           t->run.recipe->x.format == FORMAT_FLOATX ? "" : c->bwd_rounding);
+           t->run.recipe->x.format == FORMAT_MXFP4 ? "; backward " : "",
+           t->run.recipe->x.format == FORMAT_MXFP4 ? c->bwd_rounding : "");
     ops->describe(device, sizeof device);
-    const Carrier* carrier = t->run.recipe->x.format == FORMAT_FLOATX ? NULL : ops->carrier();
+    const Carrier* carrier = t->run.recipe->x.format == FORMAT_MXFP4 ? ops->carrier() : NULL;
     printf("device     %s: %s, %s%s%s%s\n", ops->name, device, FLOATX_NAME, carrier ? ", carrier " : "",
            carrier ? carrier->name : "", backend_note);
     printf("data       %s tokens in %d shards (ids %s), %lld samples of %d; validation %s\n", tokens,
@@ -392,7 +392,7 @@ static int run_training(Trainer* t, const Ops* ops) {
     if (checkpoint) {
         run_compare_options(run, saved);
     }
-    if (run->recipe->x.format != FORMAT_FLOATX) {
+    if (run->recipe->x.format == FORMAT_MXFP4) {
         self_test(ops, 0);
     }
     ops->peak_flops();  // measured now, where it must be: later there is no memory for it

@@ -18,8 +18,8 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
 #define KNOBS(X)                                                                                                       \
     X(TEXT, model, "200m", "Model", "NAME|DIR",                                                                        \
       "preset (see the end of this page) or a folder with an HF config.json")                                          \
-    X(CHOICE, recipe, "quartet", "Model", "bf16|quartet",                                                              \
-      "what the linear layers compute: bf16 baseline or Quartet MXFP4")                                                \
+    X(CHOICE, recipe, "quartet", "Model", "bf16|fp8|quartet",                                                              \
+      "what the linear layers compute: baselines of 16 and 8 bits, or Quartet MXFP4")                                                \
     X(CHOICE, bwd_rounding, "rtn", "Model", "rtn|sr",                                                                  \
       "rounding of the FP4 backward operands: to nearest or stochastic")                                               \
     X(TEXT, bf16_layers, "none", "Model", "none|first:N,last:M",                                                      \

@@ -51,7 +51,7 @@ static size_t carrier_operand_bytes(const Carrier* carrier, OperandId id, int ro
     return (size_t)rows * cols * (carrier->format[id] == FORMAT_FLOATX ? sizeof(floatX) : 1);
 }
 static size_t carrier_bytes(const LinearContext* ctx, const Recipe* recipe, OperandId id, int rows, int cols) {
-    if (!ctx->carrier || recipe_spec(recipe, id)->format == FORMAT_FLOATX) {
+    if (!ctx->carrier || recipe_spec(recipe, id)->format != FORMAT_MXFP4) {
         return 0;
     }
     size_t bytes = (size_t)round_up((int64_t)carrier_operand_bytes(ctx->carrier, id, rows, cols), 256);
@@ -65,7 +65,8 @@ static size_t linear_scratch_bytes(const LinearContext* ctx, const Recipe* recip
     for (int id = 0; id < OPERANDS; id++) {
         int rows = shapes[id][0], cols = shapes[id][1];
         size_t codes = id == OPERAND_X ? 0 : qtensor_bytes(recipe_spec(recipe, (OperandId)id), rows, cols);
-        most = max_size(most, ctx->carrier ? carrier_bytes(ctx, recipe, (OperandId)id, rows, cols) : codes);
+        size_t carried = carrier_bytes(ctx, recipe, (OperandId)id, rows, cols);
+        most = max_size(most, carried ? carried : codes);
     }
     return most;
 }
@@ -80,8 +81,12 @@ static size_t linear_weight_bytes(const LinearContext* ctx, const Recipe* recipe
 // over `scratch`
 static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, const Linear* linear,
                                      const QuantSpec* spec, int rows, int cols, void* kept, void* scratch) {
-    if (!ctx->carrier) {
-        return qtensor_at(spec, rows, cols, kept ? kept : scratch);
+    CarrierBase* base =
+        ctx->bases ? &ctx->bases[(linear->layer * LINEAR_KINDS + linear->kind) * OPERANDS + id] : NULL;
+    if (!ctx->carrier || spec->format != FORMAT_MXFP4) {
+        QTensor plain = qtensor_at(spec, rows, cols, kept ? kept : scratch);
+        plain.base = spec->format == FORMAT_MXFP4 ? NULL : base;
+        return plain;
     }
     QTensor out = qtensor_at(spec, rows, cols, kept);
     if (!kept) {
@@ -94,7 +99,7 @@ static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, con
         size_t bytes = (size_t)round_up((int64_t)carrier_operand_bytes(ctx->carrier, id, rows, cols), 256);
         out.row_scale = (float*)((char*)scratch + bytes);
     } else if (out.carrier != FORMAT_FLOATX) {
-        out.base = &ctx->bases[(linear->layer * LINEAR_KINDS + linear->kind) * OPERANDS + id];
+        out.base = base;
     }
     return out;
 }
@@ -145,8 +150,6 @@ static void linear_quantize_weight(const LinearContext* ctx, Linear* linear, voi
                                stats);
 }
 
-static int linear_is_dense(const Linear* linear) { return linear->recipe->x.format == FORMAT_FLOATX; }
-
 // where this step's telemetry of a layer's x goes, or NULL
 static QuantStats* linear_stats(const LinearContext* ctx, const Linear* linear) {
     return ctx->telemetry ? &ctx->telemetry->x[linear->kind] : NULL;
@@ -165,7 +168,7 @@ static QTensor linear_norm_input(const LinearContext* ctx, const Linear* linear,
                                  floatX* sum, float* rstd, const floatX* a, const floatX* b, const floatX* weight,
                                  int BT, float eps) {
     int C = linear->C;
-    if (!linear_is_dense(linear) && !ctx->telemetry) {
+    if (linear->recipe->x.format == FORMAT_MXFP4 && !ctx->telemetry) {
         QTensor x;
         QuantizeArgs args = linear_operand_args(ctx, OPERAND_X, linear, &x, memory, ctx->operand_a, BT, C);
         ctx->ops->rmsnorm_quantize(&args, norm, sum, rstd, a, b, weight, BT, C, eps);
@@ -182,7 +185,7 @@ static QTensor linear_norm_input(const LinearContext* ctx, const Linear* linear,
 // The same behind SwiGLU of gate_up (BT, 2C); act (BT, C) as norm above
 static QTensor linear_swiglu_input(const LinearContext* ctx, const Linear* linear, void* memory, floatX* act,
                                    const floatX* gate_up, int BT) {
-    if (!linear_is_dense(linear) && !ctx->telemetry) {
+    if (linear->recipe->x.format == FORMAT_MXFP4 && !ctx->telemetry) {
         QTensor x;
         QuantizeArgs args = linear_operand_args(ctx, OPERAND_X, linear, &x, memory, ctx->operand_a, BT, linear->C);
         ctx->ops->swiglu_quantize(&args, act, gate_up, BT, linear->C);

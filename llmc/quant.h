@@ -6,6 +6,7 @@
 //   MXFP4: packed e2m1 codes, two a byte (even column in the low nibble); one ue8m0 scale per 32 columns; where the
 //   rule has a
 //          trust mask, one bit per element (bit j of a word is column j of the group). 4 + 8/32 + 1 bits an element.
+//   E4M3, E5M2: one byte an element, one power-of-two factor for all of them (its base)
 //   FLOATX: no data of its own, a view of a floatX tensor (the bf16 recipe), with a flag where it lies transposed.
 #pragma once
 #include "dtypes.h"
@@ -17,7 +18,7 @@ typedef enum { FORMAT_FLOATX, FORMAT_E4M3, FORMAT_E5M2, FORMAT_MXFP4, FORMAT_NVF
 
 typedef enum {
     SCALE_NONE,
-    SCALE_TENSOR_ABSMAX,  // one f32 scale, largest magnitude to the largest code (fp8)
+    SCALE_TENSOR_ABSMAX,  // one power of two for all: the largest magnitude lies in the format's top octaves (fp8)
     SCALE_ROW_ABSMAX,     // one f32 scale a row (fp8)
     SCALE_QUEST,          // Gaussian-optimal power of two, trust mask |x/s| < 6 (Quartet, forward)
     SCALE_ABSMAX,         // 2^(floor(log2 max|x|) - 2), codes of 3/4 x/s: the product owes 4/3 (Quartet, backward)
@@ -65,7 +66,7 @@ typedef struct {
     Format format;
     int rows, cols;         // cols is K
     float owed;             // the decoded value is owed this factor; the GEMM multiplies it in
-    uint8_t* codes;         // MXFP4: rows * cols / 2 bytes
+    uint8_t* codes;         // MXFP4: rows * cols / 2 bytes; E4M3, E5M2: rows * cols
     uint8_t* scales;        // MXFP4: rows * cols / 32 bytes
     uint32_t* mask;         // rows * cols / 32 words, or NULL where the rule has no trust mask
     const floatX* dense;    // FLOATX: the tensor that this is a view of
@@ -74,7 +75,7 @@ typedef struct {
     // scales and mask are then written only where they are not NULL.
     Format carrier;         // E4M3 or E5M2: one byte an element; FLOATX: decoded values
     void* operand;          // (rows, cols)
-    CarrierBase* base;      // of the whole operand; NULL where every row has its own
+    CarrierBase* base;      // of the whole operand, or of E4M3 and E5M2 codes; NULL where every row has its own
     float* row_scale;       // (rows) 2^base of each row: a factor of the product's rows that its reader owes; or NULL
 } QTensor;
 
@@ -103,6 +104,9 @@ static inline size_t qtensor_scales_bytes(int rows, int cols) { return (size_t)r
 static inline size_t qtensor_mask_bytes(int rows, int cols) { return (size_t)rows * cols / GROUP * sizeof(uint32_t); }
 
 static inline size_t qtensor_bytes(const QuantSpec* spec, int rows, int cols) {
+    if (spec->format == FORMAT_E4M3 || spec->format == FORMAT_E5M2) {
+        return (size_t)rows * cols;
+    }
     if (spec->format != FORMAT_MXFP4) {
         return 0;
     }
@@ -124,6 +128,8 @@ static inline QTensor qtensor_at(const QuantSpec* spec, int rows, int cols, void
         q.codes = at;
         q.scales = at + qtensor_codes_bytes(rows, cols);
         q.owed = spec->scale == SCALE_ABSMAX ? 4.0f / 3.0f : 1.0f;
+    } else if (spec->format == FORMAT_E4M3 || spec->format == FORMAT_E5M2) {
+        q.codes = (uint8_t*)memory;
     }
     return q;
 }
@@ -142,6 +148,12 @@ static inline float qtensor_decode(const QTensor* q, int row, int col) {
         return floatX_to_f32(q->dense[q->transposed ? (size_t)col * q->rows + row : (size_t)row * q->cols + col]);
     }
     size_t i = (size_t)row * q->cols + col;
+    if (q->format == FORMAT_E4M3) {
+        return e4m3_to_f32(q->codes[i]) * q->base->scale;
+    }
+    if (q->format == FORMAT_E5M2) {
+        return e5m2_to_f32(q->codes[i]) * q->base->scale;
+    }
     uint32_t code = (q->codes[i / 2] >> (i % 2 * 4)) & 15u;
     return e2m1_to_f32(code) * ue8m0_to_f32(q->scales[i / GROUP]);
 }

@@ -62,9 +62,18 @@ typedef struct {
     {.format = FORMAT_MXFP4, .scale = SCALE_ABSMAX, .rotation = ROTATE_SIGNED, .rounding = ROUND_OPTION, .group = 32, \
      .source = from}
 
+#define EIGHT_BITS(type, from) \
+    {.format = type, .scale = SCALE_TENSOR_ABSMAX, .rotation = ROTATE_NONE, .rounding = ROUND_NEAREST, .group = 0, \
+     .source = from}
+
 static const Recipe RECIPES[] = {
     {.name = "bf16", .what = "linear layers in the precision of the build: the baseline",
      .x = AS_IS, .w = AS_IS, .dy = AS_IS, .wt = AS_IS, .dyt = AS_IS, .xt = AS_IS,
+     .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_STRAIGHT, .outlier_quantile = 0},
+    {.name = "fp8", .what = "E4M3 forward, E5M2 gradients, one power-of-two scale a tensor: the baseline of 8 bits",
+     .x = EIGHT_BITS(FORMAT_E4M3, SOURCE_TENSOR), .w = EIGHT_BITS(FORMAT_E4M3, SOURCE_TENSOR),
+     .dy = EIGHT_BITS(FORMAT_E5M2, SOURCE_TENSOR), .wt = EIGHT_BITS(FORMAT_E4M3, SOURCE_SAVED),
+     .dyt = EIGHT_BITS(FORMAT_E5M2, SOURCE_TENSOR), .xt = EIGHT_BITS(FORMAT_E4M3, SOURCE_SAVED),
      .x_grad = GRAD_STRAIGHT, .w_grad = GRAD_STRAIGHT, .outlier_quantile = 0},
     {.name = "quartet", .what = "MXFP4 forward and backward: Quartet, arXiv 2505.14669 v4, Algorithm 1",
      .x = QUEST, .w = QUEST, .dy = ABSMAX(SOURCE_TENSOR), .wt = ABSMAX(SOURCE_SAVED), .dyt = ABSMAX(SOURCE_TENSOR),
@@ -72,6 +81,7 @@ static const Recipe RECIPES[] = {
 };
 #define RECIPE_COUNT ((int)(sizeof RECIPES / sizeof RECIPES[0]))
 
+#undef EIGHT_BITS
 #undef QUEST
 #undef ABSMAX
 #undef AS_IS

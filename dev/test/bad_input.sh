@@ -33,7 +33,7 @@ check_exit "number with a tail" 2 "--lr is '1e-3x'" "${small[@]}" --lr=1e-3x
 check_exit "infinite number" 2 "--lr is 'inf'" "${small[@]}" --lr inf
 check_exit "missing value" 2 "--steps needs a value" "${small[@]}" --steps
 check_exit "empty value" 2 "--steps is ''" "${small[@]}" --steps=
-check_exit "no such choice" 2 "--recipe is 'fp3', but must be one of bf16|quartet" "${small[@]}" --recipe fp3
+check_exit "no such choice" 2 "--recipe is 'fp3', but must be one of bf16|fp8|quartet" "${small[@]}" --recipe fp3
 check_exit "number out of range" 2 "--beta2 1" "${small[@]}" --beta2 1
 check_exit "zero steps" 2 "0 steps" "${small[@]}" --steps 0
 check_exit "steps and tokens" 2 "say different lengths" "${small[@]}" --steps 6 --tokens 1M

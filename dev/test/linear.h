@@ -219,6 +219,7 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     size_t scratch = linear_scratch_bytes(&c.ctx, r, BT, C, OC);
     c.ctx.operand_a = malloc_or_die(scratch, "test");
     c.ctx.operand_b = malloc_or_die(scratch, "test");
+    c.ctx.bases = (CarrierBase*)calloc_or_die(sizeof(CarrierBase) * 4 * LINEAR_KINDS * OPERANDS, "test");
     c.linear.kind = LINEAR_GATE_UP;
     c.linear.layer = 3;
     c.linear.C = C;
@@ -233,7 +234,7 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
 }
 
 static void linear_case_free(LinearCase* c) {
-    test_free(c->x, c->w, c->dy, c->y, c->dx, c->dw, c->ctx.operand_a, c->ctx.operand_b, c->w_memory, c->x_memory);
+    test_free(c->ctx.bases, c->x, c->w, c->dy, c->y, c->dx, c->dw, c->ctx.operand_a, c->ctx.operand_b, c->w_memory, c->x_memory);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -534,7 +535,9 @@ static void test_linear_recipes(void) {
         const QuantSpec* specs[] = {&quartet.x, &quartet.w, &quartet.dy, &quartet.wt, &quartet.dyt, &quartet.xt};
         expect(CPU_OPS.quantize_supports(specs[id]), "operand %d of quartet is not supported", id);
     }
-    expect(!CPU_OPS.quantize_supports(&later[0].x) && !CPU_OPS.quantize_supports(&later[2].x),
+    QuantSpec by_row = later[0].x;
+    by_row.scale = SCALE_ROW_ABSMAX;
+    expect(!CPU_OPS.quantize_supports(&by_row) && !CPU_OPS.quantize_supports(&later[2].x),
            "claims a quantizer it lacks");
 }
 

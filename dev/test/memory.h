@@ -330,6 +330,7 @@ static void test_memory(void) {
     }
     test_narrow_gradients();
     test_recompute("bf16", 0);
+    test_recompute("fp8", 0);
     test_recompute("quartet", 0);
     test_recompute("quartet", 1);
     test_dense_blocks();

@@ -27,7 +27,7 @@ static void test_options(void) {
     expect_exit(EXIT_USAGE, "did you mean --batch-size?", test_parse, (void*)"--batchsize=3");
     expect_exit(EXIT_USAGE, "--lr is 'fast'", test_parse, (void*)"--lr=fast");
     expect_exit(EXIT_USAGE, "--layers is -3, but cannot be negative", test_parse, (void*)"--layers=-3");
-    expect_exit(EXIT_USAGE, "must be one of bf16|quartet", test_parse, (void*)"--recipe=quarte");
+    expect_exit(EXIT_USAGE, "must be one of bf16|fp8|quartet", test_parse, (void*)"--recipe=quarte");
     expect_exit(EXIT_USAGE, "needs a value", test_parse, (void*)"--seed");
     expect_exit(EXIT_USAGE, "is not an option", test_parse, (void*)"tiny");
     expect_exit(EXIT_USAGE, "did you mean 200m?", test_parse, (void*)"--model=200mm");

@@ -4,7 +4,7 @@
 // output is cut into fixed tiles, one BLAS call each, the calls spread over the OpenMP threads with BLAS itself on one
 // thread: no second thread pool fights the first, and results do not depend on the number of threads.
 #pragma once
-#include "../ops.h"
+#include "quantize_fp8.h"
 #ifdef USE_BLAS
 #include <cblas.h>
 #ifdef OPENBLAS_VERSION
@@ -101,12 +101,20 @@ static const float* operand_decode(const QTensor* q, int slot) {
         cpu.capacity[slot] = count;
     }
     float* out = cpu.operand[slot];
+    float values[256];  // of the codes of an 8-bit format
+    for (int code = 0; code < 256 && q->base && q->format != FORMAT_FLOATX; code++) {
+        values[code] = fp8_decode(q->format, (uint8_t)code) * q->base->scale;
+    }
     const size_t chunk = 8192;
     int64_t chunks = ceil_div((int64_t)count, (int64_t)chunk);
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < chunks; c++) {
         size_t begin = (size_t)c * chunk, end = begin + chunk < count ? begin + chunk : count;
-        if (q->format == FORMAT_FLOATX) {
+        if (q->format == FORMAT_E4M3 || q->format == FORMAT_E5M2) {
+            for (size_t i = begin; i < end; i++) {
+                out[i] = values[q->codes[i]];
+            }
+        } else if (q->format == FORMAT_FLOATX) {
             for (size_t i = begin; i < end; i++) {
                 out[i] = floatX_to_f32(q->dense[i]);
             }

@@ -13,7 +13,7 @@
 // A tile is one rotation block (32 values along K) of TILE_LANES rows, value-major: every loop over lanes is one vector
 // operation.
 #pragma once
-#include "../ops.h"
+#include "quantize_fp8.h"
 
 #define TILE_LANES 16
 
@@ -251,6 +251,9 @@ static int cpu_quantize_supports(const QuantSpec* spec) {
     if (spec->format == FORMAT_FLOATX) {
         return spec->scale == SCALE_NONE && spec->rotation == ROTATE_NONE;
     }
+    if (spec->format == FORMAT_E4M3 || spec->format == FORMAT_E5M2) {
+        return spec->scale == SCALE_TENSOR_ABSMAX && spec->rotation == ROTATE_NONE && spec->rounding == ROUND_NEAREST;
+    }
     return spec->format == FORMAT_MXFP4 && spec->group == GROUP &&
            (spec->scale == SCALE_ABSMAX ||
             (spec->scale == SCALE_QUEST && spec->rounding == ROUND_NEAREST && spec->source == SOURCE_TENSOR));
@@ -300,8 +303,11 @@ static void quantize_tile(const QuantizeArgs* args, int r0, int c0) {
 
 static void cpu_quantize(const QuantizeArgs* args) {
     QTensor* out = args->out;
-    check(cpu_quantize_supports(&args->spec) && out->format == FORMAT_MXFP4,
-          "internal: quantizer without an implementation");
+    check(cpu_quantize_supports(&args->spec), "internal: quantizer without an implementation");
+    if (out->format != FORMAT_MXFP4) {
+        cpu_quantize_fp8(args);
+        return;
+    }
     check(out->cols % GROUP == 0, "contraction dimension %d is not a multiple of %d, which MXFP4 groups need",
           out->cols, GROUP);
     if (args->spec.source == SOURCE_SAVED) {

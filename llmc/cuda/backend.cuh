@@ -8,6 +8,7 @@
 #include "gemm.cuh"
 #include "optimizer.cuh"
 #include "quantize.cuh"
+#include "quantize_fp8.cuh"
 #include "rmsnorm.cuh"
 
 // How many GPUs the driver shows; 0 where there is none or no driver
@@ -187,6 +188,20 @@ static void cuda_replay(int id, void (*work)(void* argument), void* argument) {
     cuda_check(cudaGraphLaunch(recorded->graph, gpu.stream));
 }
 
+// MXFP4 or 8 bits
+static int cuda_supports_any(const QuantSpec* spec) {
+    return cuda_quantize_supports(spec) ||
+           (cuda_fp8_supports(spec) && sizeof(floatX) == 2 &&
+            (gpu.major == 0 || gpu.major > 8 || (gpu.major == 8 && gpu.minor == 9)));  // 0: not asked yet
+}
+static void cuda_quantize_any(const QuantizeArgs* args) {
+    if (args->spec.format == FORMAT_MXFP4) {
+        cuda_quantize(args);
+    } else {
+        cuda_quantize_fp8(args);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // the compositions
 
@@ -194,7 +209,7 @@ static void cuda_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, cons
     QuantizeArgs of_scratch = *args;
     of_scratch.tensor = scratch;
     cuda_swiglu_forward(scratch, gate_up, BT, F);
-    cuda_quantize(&of_scratch);
+    cuda_quantize_any(&of_scratch);
 }
 
 static void cuda_rmsnorm_quantize(const QuantizeArgs* args, floatX* scratch, floatX* sum, float* rstd, const floatX* a,
@@ -206,7 +221,7 @@ static void cuda_rmsnorm_quantize(const QuantizeArgs* args, floatX* scratch, flo
     } else {
         cuda_rmsnorm_forward(scratch, rstd, a, weight, BT, C, eps);
     }
-    cuda_quantize(&of_scratch);
+    cuda_quantize_any(&of_scratch);
 }
 
 static void cuda_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
@@ -257,8 +272,8 @@ static const Ops CUDA_OPS = {
     .swiglu_forward = cuda_swiglu_forward,
     .swiglu_backward = cuda_swiglu_backward,
     .crossentropy = cuda_crossentropy,
-    .quantize = cuda_quantize,
-    .quantize_supports = cuda_quantize_supports,
+    .quantize = cuda_quantize_any,
+    .quantize_supports = cuda_supports_any,
     .gemm = cuda_gemm,
     .carrier = cuda_carrier,
     .carrier_begin = cuda_carrier_begin,

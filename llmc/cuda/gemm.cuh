@@ -44,8 +44,10 @@ static cudaDataType_t gemm_type(int format) {
 }
 
 // what the library multiplies
-static const void* gemm_operand(const QTensor* q) { return q->operand ? q->operand : (const void*)q->dense; }
-static Format gemm_format(const QTensor* q) { return q->operand ? q->carrier : FORMAT_FLOATX; }
+static const void* gemm_operand(const QTensor* q) {
+    return q->operand ? q->operand : q->format == FORMAT_FLOATX ? (const void*)q->dense : (const void*)q->codes;
+}
+static Format gemm_format(const QTensor* q) { return q->operand ? q->carrier : q->format; }
 
 static cublasStatus_t gemm_run(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorithm, void* out,
                                const GemmArgs* args) {
