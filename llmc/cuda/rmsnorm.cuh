@@ -195,6 +195,12 @@ typedef struct {
 // warps of a block: as many as the registers of a multiprocessor hold
 static constexpr int norm_backward_warps(int K) { return K == 5 ? 12 : NORM_BACKWARD_WARPS; }
 
+static RowShape norm_backward_shape(int C) {
+    RowShape shape = row_shape(C, NORM_BACKWARD_WARPS, NORM_BACKWARD_VECTORS);
+    shape.vectors = shape.warps > norm_backward_warps(shape.vectors) ? 0 : shape.vectors;
+    return shape;
+}
+
 // sum over the T threads of a group, the same value in each. dots is one of two arrays that take turns: a slot is
 // written again only behind the next row's barrier. Named barriers, because groups differ in the number of their rows.
 __device__ __forceinline__ float group_sum(float x, float* dots) {
@@ -353,7 +359,7 @@ static int rmsnorm_backward_plain_launch(NormBackward p) {
 
 static void cuda_rmsnorm_backward(floatX* dinp, RealArray dweight, const floatX* dout, const floatX* dresidual,
                                   const floatX* inp, const floatX* weight, const float* rstd, int BT, int C) {
-    RowShape shape = row_shape(C, NORM_BACKWARD_WARPS, NORM_BACKWARD_VECTORS);
+    RowShape shape = norm_backward_shape(C);
     NormBackward p = {.dinp = dinp, .partial = gpu.partial, .dout = dout, .dresidual = dresidual, .inp = inp,
                       .weight = weight, .rstd = rstd, .BT = BT, .C = C};
     int parts = 0;
