@@ -20,7 +20,7 @@ static void test_cuda_quant(void) { printf("skip cuda_quant: this binary was bui
 
 #define QUANT_TOKENS (MODEL_B * MODEL_T)
 #define QUANT_JITTERS 8
-#define QUANT_JITTERED_CURVES 6  // with two, one GPU run in a few would lie beyond twice the worse one
+#define QUANT_JITTERED_CURVES 6  // two were too few: 0.050 allowed where the GPU was 0.057 off (FP32, 20 steps)
 
 static void quant_model_make(Model* model, const Ops* ops, int HS, int tied, Rounding rounding, Recompute recompute) {
     ModelConfig m = {.name = "test", .L = 2, .C = 4 * HS, .NH = 4, .NKV = 2, .HS = HS, .F = 11 * HS, .V = 320,
