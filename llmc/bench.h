@@ -207,7 +207,7 @@ static void bench_table(Model* model, double gemm_ceiling, double copy_ceiling) 
         {"  of gate_up: quantize xT", bench_quantize_xt, L, 0, BT * C * 2 * packed},
         {"  of gate_up: mask and H^T", bench_unrotate, L, 0, BT * C * (2 * x + 0.125)},
     };
-    int quantized = model->recipe->x.format != FORMAT_FLOATX;
+    int quantized = model->recipe->x.format == FORMAT_MXFP4;
     printf("%-28s %8s %10s %10s %12s %6s\n", "operation", "calls", "ms a call", "ms", "rate", "% max");
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         if (strstr(rows[i].name, "of gate_up") && !quantized) {
