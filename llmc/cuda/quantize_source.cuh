@@ -111,7 +111,8 @@ __global__ void carrier_advance_kernel(CarrierBase* bases, int count, const __gr
 }
 
 // before every use of these bases, the first (of zeroed memory) included: the next one is expected where the last one
-// was found. A base that was not used since is left alone. Base i is of an operand i % OPERANDS. A base that is used twice without this is that of both operands.
+// was found. A base that was not used since is left alone. Base i is of an operand i % OPERANDS. A base that is used
+// twice without this is that of both operands.
 static void carrier_bases_advance(CarrierBase* bases, int count, const Carrier* carrier) {
     if (count > 0) {
         carrier_advance_kernel<<<(int)ceil_div(count, 128), 128, 0, gpu.stream>>>(bases, count, *carrier);
