@@ -85,8 +85,8 @@ static void bench_quantize_dyt(Model* model) {
 }
 static void bench_quantize_wt(Model* model) {
     Linear* linear = bench_linear(model, LINEAR_GATE_UP);
-    linear_operand(&model->linear, OPERAND_WT, linear, NULL, model->linear.operand_b, linear->C, linear->OC, linear->weight,
-                   &linear->w, 1, NULL);
+    linear_operand(&model->linear, OPERAND_WT, linear, NULL, model->linear.operand_b, linear->C, linear->OC,
+                   linear->weight, &linear->w, 1, NULL);
 }
 static void bench_quantize_xt(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
@@ -95,7 +95,8 @@ static void bench_quantize_xt(Model* model) {
 }
 static void bench_unrotate(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->unrotate(real_floatX(model->dnorm), b->x[LINEAR_GATE_UP].mask, NULL, bench_tokens(model), model->config.C);
+    model->ops->unrotate(real_floatX(model->dnorm), b->x[LINEAR_GATE_UP].mask, NULL, bench_tokens(model),
+                         model->config.C);
 }
 static void bench_linears_forward(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];

@@ -15,77 +15,77 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
 
 // X(kind, name, default, group, values, help). Kinds: COUNT integers, with k M G or 1e9 notation; REAL; TEXT; CHOICE
 // one of `values`; SWITCH an option that needs no value.
-#define KNOBS(X)                                                                                                       \
-    X(TEXT, model, "200m", "Model", "NAME|DIR",                                                                        \
-      "preset (see the end of this page) or a folder with an HF config.json")                                          \
-    X(CHOICE, recipe, "quartet", "Model", "bf16|fp8|quartet",                                                              \
-      "what the linear layers compute: baselines of 16 and 8 bits, or Quartet MXFP4")                                                \
-    X(CHOICE, bwd_rounding, "rtn", "Model", "rtn|sr",                                                                  \
-      "rounding of the FP4 backward operands: to nearest or stochastic")                                               \
+#define KNOBS(X)                                                                                                      \
+    X(TEXT, model, "200m", "Model", "NAME|DIR",                                                                       \
+      "preset (see the end of this page) or a folder with an HF config.json")                                         \
+    X(CHOICE, recipe, "quartet", "Model", "bf16|fp8|quartet",                                                         \
+      "what the linear layers compute: baselines of 16 and 8 bits, or Quartet MXFP4")                                 \
+    X(CHOICE, bwd_rounding, "rtn", "Model", "rtn|sr",                                                                 \
+      "rounding of the FP4 backward operands: to nearest or stochastic")                                              \
     X(TEXT, bf16_layers, "none", "Model", "none|first:N,last:M",                                                      \
-      "blocks at the beginning and the end whose linear layers stay in bf16")                                        \
-    X(COUNT, layers, "auto", "Model", "N", "transformer blocks, instead of the preset's")                              \
-    X(COUNT, channels, "auto", "Model", "N", "hidden size C")                                                          \
-    X(COUNT, heads, "auto", "Model", "N", "query heads")                                                               \
-    X(COUNT, kv_heads, "auto", "Model", "N", "key/value heads; fewer than heads is grouped-query attention")           \
-    X(COUNT, ffn, "auto", "Model", "N", "width F of the SwiGLU layer")                                                 \
-    X(COUNT, vocab_size, "auto", "Model", "N", "vocabulary")                                                           \
-    X(REAL, rope_theta, "auto", "Model", "X", "base of the rotary position embedding")                                 \
-    X(COUNT, tied, "auto", "Model", "0|1", "1: the output head shares the embedding's weights")                        \
-    X(TEXT, train_data, "", "Data", "FILES", "token shards: a folder, 'glob*.bin' or a comma-separated list")          \
-    X(TEXT, val_data, "", "Data", "FILES", "validation shards; the training folder's val*.bin if not given")           \
-    X(TEXT, tokenizer, "auto", "Data", "FILE", "tokenizer.json for samples; auto: beside the shards; byte")            \
-    X(COUNT, seq_len, "auto", "Data", "TOKENS", "length T of a training sample")                                       \
-    X(COUNT, batch_tokens, "auto", "Data", "TOKENS", "tokens of one optimizer step, over all ranks")                   \
-    X(COUNT, batch_size, "auto", "Data", "ROWS",                                                                       \
-      "samples of one micro-batch on one rank; accumulation follows; auto: what fits and is fast")                     \
-    X(COUNT, allow_data_change, "0", "Data", "0|1", "1: resume although the training data changed")                    \
-    X(COUNT, steps, "auto", "Schedule", "N", "optimizer steps of the whole run")                                       \
-    X(COUNT, tokens, "auto", "Schedule", "N", "the same in tokens (300M, 1e9); 20 per parameter if neither is given")  \
-    X(REAL, lr, "auto", "Schedule", "X", "peak learning rate")                                                         \
-    X(REAL, min_lr_ratio, "0.1", "Schedule", "X", "last learning rate over the peak")                                  \
-    X(COUNT, warmup_steps, "auto", "Schedule", "N", "linear warm-up; auto: a tenth of the run")                        \
-    X(CHOICE, schedule, "cosine", "Schedule", "cosine|linear|constant|wsd",                                            \
-      "decay; wsd holds the peak, decays over the last fifth")                                                         \
-    X(REAL, weight_decay, "0.1", "Optimizer", "X", "decoupled, on the 2-D weights of the blocks")                      \
-    X(REAL, beta1, "0.9", "Optimizer", "X", "AdamW, first moment")                                                     \
-    X(REAL, beta2, "0.95", "Optimizer", "X", "AdamW, second moment")                                                   \
-    X(REAL, eps, "1e-8", "Optimizer", "X", "AdamW, added to the root")                                                 \
-    X(REAL, grad_clip, "1.0", "Optimizer", "X", "largest global gradient norm; 0: no clipping")                        \
-    X(CHOICE, grad_dtype, "f32", "Optimizer", "f32|bf16", "gradients of parameters, summed over micro-batches")        \
-    X(CHOICE, adam_dtype, "f32", "Optimizer", "f32|bf16",                                                              \
-      "bf16: moments in bf16 and no f32 copy of the weights; all three rounded stochastically")                        \
-    X(COUNT, max_skips, "10", "Optimizer", "N", "stop (exit 76) after this many non-finite steps in a row")            \
-    X(COUNT, seed, "1337", "Run", "N", "weights, sample order, rotation signs and rounding follow from it")            \
-    X(TEXT, out, "auto", "Run", "DIR", "output folder; auto: runs/MODEL-RECIPE")                                       \
-    X(COUNT, save_every, "1000", "Run", "STEPS", "checkpoint interval; 0: only at the end")                            \
-    X(COUNT, keep, "3", "Run", "N", "checkpoints kept, at least 2")                                                    \
-    X(TEXT, resume, "auto", "Run", "auto|never|must|PATH",                                                             \
-      "continue from the newest valid checkpoint of --out, or from PATH")                                              \
-    X(COUNT, val_every, "250", "Run", "STEPS", "validation interval; 0: only at the end")                              \
-    X(COUNT, val_batches, "20", "Run", "N", "micro-batches of one validation")                                         \
-    X(COUNT, log_every, "10", "Run", "STEPS", "interval of the FP4 telemetry in metrics.jsonl; 0: none")               \
-    X(COUNT, sample_every, "0", "Run", "STEPS", "interval of sample texts; 0: none")                                   \
-    X(TEXT, prompt, "", "Run", "TEXT|ids:1,2|data:N",                                                                  \
-      "start of a sample; without --train-data: sample from the checkpoint, stop")                                     \
-    X(COUNT, sample_tokens, "128", "Run", "N", "tokens of a sample")                                                   \
-    X(REAL, temperature, "0.8", "Run", "X", "of sampling; 0: always the likeliest token")                              \
-    X(REAL, max_minutes, "0", "Run", "MINUTES", "save and exit 75 after this time; 0: no limit")                       \
-    X(CHOICE, device, "auto", "Machine", "auto|cpu|cuda", "who computes")                                              \
-    X(CHOICE, carrier, "auto", "Machine", "auto|f32|bf16|fp8|fp4",                                                     \
-      "instruction that multiplies quantized operands; f32 on the CPU")                                                \
-    X(CHOICE, recompute, "auto", "Machine", "auto|none|norm|ffn|block",                                                \
-      "activations made again in backward: norms and SwiGLU | also gate+up | whole blocks; auto: the least that fits") \
-    X(CHOICE, graphs, "auto", "Machine", "auto|on|off", "CUDA graphs: a step's kernels are launched as one")           \
-    X(COUNT, threads, "auto", "Machine", "N", "CPU threads")                                                           \
-    X(TEXT, config, "", "Machine", "FILE", "read options from lines `name = value`")                                   \
-    X(SWITCH, print_config, "0", "Instead of training", "", "print every option with its value and source, exit")      \
-    X(SWITCH, plan, "0", "Instead of training", "",                                                                    \
-      "print the memory per rank by class of tensor, exit; nothing is allocated")                                      \
-    X(SWITCH, self_test, "0", "Instead of training", "",                                                               \
-      "known-answer test of the device's quantizers and products, exit")                                               \
-    X(SWITCH, bench, "0", "Instead of training", "", "time the operations and a training step, exit")                  \
-    X(SWITCH, version, "0", "Instead of training", "", "print the version, exit")                                      \
+      "blocks at the beginning and the end whose linear layers stay in bf16")                                         \
+    X(COUNT, layers, "auto", "Model", "N", "transformer blocks, instead of the preset's")                             \
+    X(COUNT, channels, "auto", "Model", "N", "hidden size C")                                                         \
+    X(COUNT, heads, "auto", "Model", "N", "query heads")                                                              \
+    X(COUNT, kv_heads, "auto", "Model", "N", "key/value heads; fewer than heads is grouped-query attention")          \
+    X(COUNT, ffn, "auto", "Model", "N", "width F of the SwiGLU layer")                                                \
+    X(COUNT, vocab_size, "auto", "Model", "N", "vocabulary")                                                          \
+    X(REAL, rope_theta, "auto", "Model", "X", "base of the rotary position embedding")                                \
+    X(COUNT, tied, "auto", "Model", "0|1", "1: the output head shares the embedding's weights")                       \
+    X(TEXT, train_data, "", "Data", "FILES", "token shards: a folder, 'glob*.bin' or a comma-separated list")         \
+    X(TEXT, val_data, "", "Data", "FILES", "validation shards; the training folder's val*.bin if not given")          \
+    X(TEXT, tokenizer, "auto", "Data", "FILE", "tokenizer.json for samples; auto: beside the shards; byte")           \
+    X(COUNT, seq_len, "auto", "Data", "TOKENS", "length T of a training sample")                                      \
+    X(COUNT, batch_tokens, "auto", "Data", "TOKENS", "tokens of one optimizer step, over all ranks")                  \
+    X(COUNT, batch_size, "auto", "Data", "ROWS",                                                                      \
+      "samples of one micro-batch on one rank; accumulation follows; auto: what fits and is fast")                    \
+    X(COUNT, allow_data_change, "0", "Data", "0|1", "1: resume although the training data changed")                   \
+    X(COUNT, steps, "auto", "Schedule", "N", "optimizer steps of the whole run")                                      \
+    X(COUNT, tokens, "auto", "Schedule", "N", "the same in tokens (300M, 1e9); 20 per parameter if neither is given") \
+    X(REAL, lr, "auto", "Schedule", "X", "peak learning rate")                                                        \
+    X(REAL, min_lr_ratio, "0.1", "Schedule", "X", "last learning rate over the peak")                                 \
+    X(COUNT, warmup_steps, "auto", "Schedule", "N", "linear warm-up; auto: a tenth of the run")                       \
+    X(CHOICE, schedule, "cosine", "Schedule", "cosine|linear|constant|wsd",                                           \
+      "decay; wsd holds the peak, decays over the last fifth")                                                        \
+    X(REAL, weight_decay, "0.1", "Optimizer", "X", "decoupled, on the 2-D weights of the blocks")                     \
+    X(REAL, beta1, "0.9", "Optimizer", "X", "AdamW, first moment")                                                    \
+    X(REAL, beta2, "0.95", "Optimizer", "X", "AdamW, second moment")                                                  \
+    X(REAL, eps, "1e-8", "Optimizer", "X", "AdamW, added to the root")                                                \
+    X(REAL, grad_clip, "1.0", "Optimizer", "X", "largest global gradient norm; 0: no clipping")                       \
+    X(CHOICE, grad_dtype, "f32", "Optimizer", "f32|bf16", "gradients of parameters, summed over micro-batches")       \
+    X(CHOICE, adam_dtype, "f32", "Optimizer", "f32|bf16",                                                             \
+      "bf16: moments in bf16 and no f32 copy of the weights; all three rounded stochastically")                       \
+    X(COUNT, max_skips, "10", "Optimizer", "N", "stop (exit 76) after this many non-finite steps in a row")           \
+    X(COUNT, seed, "1337", "Run", "N", "weights, sample order, rotation signs and rounding follow from it")           \
+    X(TEXT, out, "auto", "Run", "DIR", "output folder; auto: runs/MODEL-RECIPE")                                      \
+    X(COUNT, save_every, "1000", "Run", "STEPS", "checkpoint interval; 0: only at the end")                           \
+    X(COUNT, keep, "3", "Run", "N", "checkpoints kept, at least 2")                                                   \
+    X(TEXT, resume, "auto", "Run", "auto|never|must|PATH",                                                            \
+      "continue from the newest valid checkpoint of --out, or from PATH")                                             \
+    X(COUNT, val_every, "250", "Run", "STEPS", "validation interval; 0: only at the end")                             \
+    X(COUNT, val_batches, "20", "Run", "N", "micro-batches of one validation")                                        \
+    X(COUNT, log_every, "10", "Run", "STEPS", "interval of the FP4 telemetry in metrics.jsonl; 0: none")              \
+    X(COUNT, sample_every, "0", "Run", "STEPS", "interval of sample texts; 0: none")                                  \
+    X(TEXT, prompt, "", "Run", "TEXT|ids:1,2|data:N",                                                                 \
+      "start of a sample; without --train-data: sample from the checkpoint, stop")                                    \
+    X(COUNT, sample_tokens, "128", "Run", "N", "tokens of a sample")                                                  \
+    X(REAL, temperature, "0.8", "Run", "X", "of sampling; 0: always the likeliest token")                             \
+    X(REAL, max_minutes, "0", "Run", "MINUTES", "save and exit 75 after this time; 0: no limit")                      \
+    X(CHOICE, device, "auto", "Machine", "auto|cpu|cuda", "who computes")                                             \
+    X(CHOICE, carrier, "auto", "Machine", "auto|f32|bf16|fp8|fp4",                                                    \
+      "instruction that multiplies quantized operands; f32 on the CPU")                                               \
+    X(CHOICE, recompute, "auto", "Machine", "auto|none|norm|ffn|block",                                               \
+      "activations made again in backward: norms and SwiGLU | also gate+up | whole blocks; auto: the least that fits")\
+    X(CHOICE, graphs, "auto", "Machine", "auto|on|off", "CUDA graphs: a step's kernels are launched as one")          \
+    X(COUNT, threads, "auto", "Machine", "N", "CPU threads")                                                          \
+    X(TEXT, config, "", "Machine", "FILE", "read options from lines `name = value`")                                  \
+    X(SWITCH, print_config, "0", "Instead of training", "", "print every option with its value and source, exit")     \
+    X(SWITCH, plan, "0", "Instead of training", "",                                                                   \
+      "print the memory per rank by class of tensor, exit; nothing is allocated")                                     \
+    X(SWITCH, self_test, "0", "Instead of training", "",                                                              \
+      "known-answer test of the device's quantizers and products, exit")                                              \
+    X(SWITCH, bench, "0", "Instead of training", "", "time the operations and a training step, exit")                 \
+    X(SWITCH, version, "0", "Instead of training", "", "print the version, exit")                                     \
     X(SWITCH, help, "0", "Instead of training", "", "print this page, exit")
 
 typedef enum { KNOB_COUNT, KNOB_REAL, KNOB_TEXT, KNOB_CHOICE, KNOB_SWITCH } KnobKind;

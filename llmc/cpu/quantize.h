@@ -329,7 +329,8 @@ static void cpu_quantize(const QuantizeArgs* args) {
 }
 
 // x (rows, cols) = H (x * mask), of floatX or f32, by tiles: undoes mask and rotation
-static void unrotate_tile(RealArray x, const uint32_t* mask, const float* row_scale, int r0, int c0, int cols, int lanes) {
+static void unrotate_tile(RealArray x, const uint32_t* mask, const float* row_scale, int r0, int c0, int cols,
+                          int lanes) {
     Tile tile;
     float line[GROUP];
     if (lanes < TILE_LANES) {
