@@ -310,6 +310,7 @@ static void test_fit(void) {
         expect(test_room == 0 || needed <= test_room, "%.1f GiB: the choice needs %zu bytes", cases[i].GiB, needed);
         expect(run.accumulation * run.B == 512, "%lld micro-batches of %d", (long long)run.accumulation, run.B);
         free(run.out);
+        free((void*)run.config.out);  // runs/MODEL-RECIPE, made by run_resolve
     }
     const char* large[] = {"--batch-size", "512"};
     test_room = (size_t)12 << 30;
