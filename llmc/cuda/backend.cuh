@@ -202,41 +202,6 @@ static void cuda_quantize_any(const QuantizeArgs* args) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// the compositions
-
-static void cuda_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, const floatX* gate_up, int BT, int F) {
-    QuantizeArgs of_scratch = *args;
-    of_scratch.tensor = scratch;
-    cuda_swiglu_forward(scratch, gate_up, BT, F);
-    cuda_quantize_any(&of_scratch);
-}
-
-static void cuda_rmsnorm_quantize(const QuantizeArgs* args, floatX* scratch, floatX* sum, float* rstd, const floatX* a,
-                                 const floatX* b, const floatX* weight, int BT, int C, float eps) {
-    QuantizeArgs of_scratch = *args;
-    of_scratch.tensor = scratch;
-    if (b) {
-        cuda_add_rmsnorm_forward(sum, scratch, rstd, a, b, weight, BT, C, eps);
-    } else {
-        cuda_rmsnorm_forward(scratch, rstd, a, weight, BT, C, eps);
-    }
-    cuda_quantize_any(&of_scratch);
-}
-
-static void cuda_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                         const floatX* inp, int BT, int F) {
-    cuda_unrotate(real_floatX(dact), mask, row_scale, BT, F);
-    cuda_swiglu_backward(dinp, dact, inp, BT, F);
-}
-
-static void cuda_unrotate_rmsnorm_backward(floatX* dinp, RealArray dweight, floatX* dnorm, const uint32_t* mask,
-                                          const float* row_scale, const floatX* dresidual, const floatX* inp,
-                                          const floatX* weight, const float* rstd, int BT, int C) {
-    cuda_unrotate(real_floatX(dnorm), mask, row_scale, BT, C);
-    cuda_rmsnorm_backward(dinp, dweight, dnorm, dresidual, inp, weight, rstd, BT, C);
-}
-
 static const Ops CUDA_OPS = {
     .name = "cuda",
     .alloc = cuda_alloc,
@@ -278,10 +243,6 @@ static const Ops CUDA_OPS = {
     .carrier = cuda_carrier,
     .carrier_begin = cuda_carrier_begin,
     .unrotate = cuda_unrotate,
-    .swiglu_quantize = cuda_swiglu_quantize,
-    .rmsnorm_quantize = cuda_rmsnorm_quantize,
-    .unrotate_swiglu_backward = cuda_unrotate_swiglu_backward,
-    .unrotate_rmsnorm_backward = cuda_unrotate_rmsnorm_backward,
     .loss_sum = cuda_loss_sum,
     .sum_squares = cuda_sum_squares,
     .step_decide = cuda_step_decide,
