@@ -63,9 +63,7 @@ static void cuda_test_fp8_operand(int rows, int cols, Format format, int transpo
 
 // a small model with the fp8 recipe: close to the CPU's, learns, and its gradients do not depend on recomputation
 static void cuda_test_fp8_model(void) {
-    ModelConfig m = {.name = "test", .L = 2, .C = 128, .NH = 4, .NKV = 2, .HS = 32, .F = 352, .V = 320, .tied = 0,
-                     .max_positions = MODEL_T, .rope_theta = 1e4, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 0,
-                     .rope_high = 0, .rope_original = 0};
+    ModelConfig m = cuda_model_config(32, 0);
     Model cpu_model, gpu_model;
     model_prepare(&cpu_model, cpu_backend(), &m, recipe_find("fp8"), MEMORY_EXACT, MODEL_B, MODEL_T);
     model_prepare(&gpu_model, &CUDA_OPS, &m, recipe_find("fp8"), MEMORY_EXACT, MODEL_B, MODEL_T);

@@ -18,10 +18,14 @@ static void test_cuda_model(void) { printf("skip cuda_model: this binary was bui
 #define MODEL_B 4
 #define MODEL_T 96
 
+static ModelConfig cuda_model_config(int HS, int tied) {
+    return (ModelConfig){.name = "test", .L = 2, .C = 4 * HS, .NH = 4, .NKV = 2, .HS = HS, .F = 11 * HS, .V = 320,
+                         .tied = tied, .max_positions = MODEL_T, .rope_theta = 1e4, .rms_eps = 1e-5, .rope_factor = 0,
+                         .rope_low = 0, .rope_high = 0, .rope_original = 0};
+}
+
 static void cuda_model_make(Model* model, const Ops* ops, int HS, int tied, TrainingMemory training) {
-    ModelConfig m = {.name = "test", .L = 2, .C = 4 * HS, .NH = 4, .NKV = 2, .HS = HS, .F = 11 * HS, .V = 320,
-                     .tied = tied, .max_positions = MODEL_T, .rope_theta = 1e4, .rms_eps = 1e-5, .rope_factor = 0,
-                     .rope_low = 0, .rope_high = 0, .rope_original = 0};
+    ModelConfig m = cuda_model_config(HS, tied);
     model_prepare(model, ops, &m, recipe_find("bf16"), training, MODEL_B, MODEL_T);
     model->linear.option_rounding = ROUND_NEAREST;
     model_allocate(model);

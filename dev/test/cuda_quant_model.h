@@ -23,9 +23,7 @@ static void test_cuda_quant(void) { printf("skip cuda_quant: this binary was bui
 #define QUANT_JITTERED_CURVES 6  // two were too few: 0.050 allowed where the GPU was 0.057 off (FP32, 20 steps)
 
 static void quant_model_make(Model* model, const Ops* ops, int HS, int tied, Rounding rounding, Recompute recompute) {
-    ModelConfig m = {.name = "test", .L = 2, .C = 4 * HS, .NH = 4, .NKV = 2, .HS = HS, .F = 11 * HS, .V = 320,
-                     .tied = tied, .max_positions = MODEL_T, .rope_theta = 1e4, .rms_eps = 1e-5, .rope_factor = 0,
-                     .rope_low = 0, .rope_high = 0, .rope_original = 0};
+    ModelConfig m = cuda_model_config(HS, tied);
     TrainingMemory training = MEMORY_EXACT;
     training.recompute = recompute;
     model_prepare(model, ops, &m, recipe_find("quartet"), training, MODEL_B, MODEL_T);
@@ -242,8 +240,7 @@ static void quant_test_gradients(Model* model, const QuantReference* r) {
     quant_run_free(&got), quant_run_free(&again), quant_run_free(&elsewhere);
 }
 
-// Gradients depend neither on what is made again nor on telemetry, for whose sake norms and SwiGLU are not fused with
-// the quantizers behind them.
+// gradients depend neither on what is made again nor on telemetry
 static void quant_test_recompute(const QuantReference* r) {
     const Recompute levels[] = {RECOMPUTE_NONE, RECOMPUTE_FFN, RECOMPUTE_BLOCK, RECOMPUTE_NONE};
     QuantRun want = {};
