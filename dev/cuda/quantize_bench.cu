@@ -7,7 +7,8 @@
 // host, check   see quantize_check.h
 // bench         medians of 20 over rotating buffers on the linear layers of tinyllama-1.1b and llama2-7b, each whole
 //               call (both launches); bytes are the fewest that the operation must move, and the share is that of a
-//               device-to-device copy of 2 GiB in the same run
+//               device-to-device copy of 2 GiB in the same run. After each line, the same operation launched otherwise:
+//               "direct" reads nothing ahead, "apart" keeps the second launch from overlapping the first
 // small         each kernel once, for compute-sanitizer
 #include "quantize_check.h"
 
@@ -107,7 +108,7 @@ static void check_planted(void) {
 }
 
 static void run_check(void) {
-    const int rows[] = {1, 33, 100, 257}, cols[] = {32, 96, 2048, 5632, 11264}, saved_rows[] = {32, 96, 160, 288};
+    const int rows[] = {1, 33, 104, 257}, cols[] = {32, 96, 2048, 5632, 11264}, saved_rows[] = {32, 96, 160, 288};
     Bench b = bench_new();
     check_planted();
     for (int i = 0; i < 4; i++) {
@@ -137,6 +138,21 @@ static void run_check(void) {
             check_tensor(&b, 5, wide[j], (Distribution)d, PATH_CASES, 0);
         }
     }
+    for (int other = LAUNCH_DEFAULT; other < LAUNCHES; other++) {  // few blocks, which walk over many tiles
+        const int some_rows[] = {33, 5, 200, 104}, some_cols[] = {96, 22016, 5632, 2048};
+        const int multiprocessors = gpu.sm_count;
+        launch = (Launch)other;
+        gpu.sm_count = 1;
+        for (int i = 0; i < 4; i++) {
+            for (int d = 0; d < DISTRIBUTIONS; d++) {
+                check_tensor(&b, some_rows[i], some_cols[i], (Distribution)d, i == 1 ? (int)PATH_CASES : (int)CASES, 0);
+                check_saved(&b, (some_rows[i] + 31) / 32 * 32, some_cols[i], d, 0, 0);
+            }
+        }
+        gpu.sm_count = multiprocessors;
+        printf("check: launch \"%s\", %d checks, %d failed\n", launch_names[launch], checks, failures);
+    }
+    launch = LAUNCH_DEFAULT;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +219,7 @@ static void run_case(void* state, int buffer) {
     TimedCase* t = (TimedCase*)state;
     QuantizeArgs args = case_args(t->c, t->rounding, &t->timed->out[buffer], t->timed->tensor[buffer],
                                   &t->timed->saved[buffer], t->position);
-    cuda_quantize(&args);
+    quantize(&args);
 }
 
 typedef struct { RealType type; void* x[MAX_BUFFERS]; uint32_t* mask; float* scale; int rows, cols; } TimedUnrotate;
@@ -215,8 +231,14 @@ static void run_unrotate(void* state, int buffer) {
 
 static void print_time(const char* name, int rows, int cols, const char* rounding, double ms, double bytes) {
     double rate = (double)rows * cols * bytes / (ms * 1e-3);
-    printf("time %-8s (%6d, %6d) %-4s %8.4f ms %7.0f GB/s %5.1f %% of copy\n", name, rows, cols, rounding, ms,
-           rate * 1e-9, 100.0 * rate / copy_rate);
+    printf("time %-8s (%6d, %6d) %-4s %8.4f ms %7.0f GB/s %5.1f %% of copy  %s\n", name, rows, cols, rounding, ms,
+           rate * 1e-9, 100.0 * rate / copy_rate, launch_names[launch]);
+}
+
+// does the launch differ from the default's for this case?
+static int launch_differs(const Case* c, Launch other) {
+    return other == LAUNCH_DIRECT ? c->source == SOURCE_TENSOR && SOURCE_STAGES > 1
+                                  : other == LAUNCH_APART ? !c->row_base : 1;
 }
 
 // enough buffers that their sum is several times the L2
@@ -285,7 +307,13 @@ static void time_case(int kind, const char* name, int rows, int cols) {
             Carrier carrier = carrier_of(c->carrier);
             carrier_bases_advance(bases, MAX_BUFFERS, &carrier);
         }
-        print_time(name, rows, cols, round ? "sr" : "rtn", median_ms(run_case, &state, t.buffers), bytes);
+        for (int other = LAUNCH_DEFAULT; other < LAUNCHES; other++) {
+            launch = (Launch)other;
+            if (launch_differs(c, launch)) {
+                print_time(name, rows, cols, round ? "sr" : "rtn", median_ms(run_case, &state, t.buffers), bytes);
+            }
+        }
+        launch = LAUNCH_DEFAULT;
     }
     for (int i = 0; i < t.buffers; i++) {
         if (saved) {
@@ -350,6 +378,7 @@ static void run_bench(void) {
 static void run_small(void) {
     Bench b = bench_new();
     check_tensor(&b, 33, 96, NORMAL, CASES, 1);
+    check_tensor(&b, 40, 160, GROUP_OCTAVES, CASES, 0);
     check_tensor(&b, 2, 57344, NORMAL, 2, 0);
     check_saved(&b, 160, 96, NORMAL, 0, 1);
     check_saved(&b, 160, 96, -1, 255, 0);

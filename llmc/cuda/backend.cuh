@@ -5,6 +5,7 @@
 #include "common.cuh"
 #include "elementwise.cuh"
 #include "embedding.cuh"
+#include "fused_backward.cuh"
 #include "gemm.cuh"
 #include "optimizer.cuh"
 #include "quantize.cuh"

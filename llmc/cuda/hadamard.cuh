@@ -56,9 +56,9 @@ GROUP_UNROLL
     }
 }
 
-// v = H v. Returns the largest magnitude, NaN where there is one: of the last butterflies' results a + b and a - b the
-// larger magnitude is fl(|a| + |b|), and rounding, also that of the final product, keeps the order.
-GROUP_INLINE float group_hadamard(float* v) {
+// v = sqrt(32) H v, the butterflies alone. Returns the largest magnitude, NaN where there is one: of the last
+// butterflies' results a + b and a - b the larger magnitude is fl(|a| + |b|).
+GROUP_INLINE float group_butterfly_sums(float* v) {
     float largest = 0.0f;
     group_butterflies(v, 1);
     group_butterflies(v, 2);
@@ -69,6 +69,12 @@ GROUP_UNROLL
         largest = max_nan(largest, add_rn(fabsf(v[k]), fabsf(v[k + GROUP / 2])));
     }
     group_butterflies(v, 16);
+    return largest;
+}
+
+// v = H v. Returns the largest magnitude, NaN where there is one: rounding of the final product keeps the order.
+GROUP_INLINE float group_hadamard(float* v) {
+    float largest = group_butterfly_sums(v);
 GROUP_UNROLL
     for (int k = 0; k < GROUP; k++) {
         v[k] = mul_rn(v[k], HADAMARD_SCALE);
@@ -157,7 +163,27 @@ GROUP_UNROLL
 #define STAGE_CHUNKS(T) (WARP_LANES * GROUP_CHUNKS(T))
 
 // Where chunk q lies: what 8 lanes touch at once, neighbours or every second, fourth or eighth, covers all banks.
+// Chunk lane * N + i, N 2, 4 or 8, lies at stage_index(lane * N) ^ i; chunk lane + 32 i at 32 i + (stage_index(lane) ^
+// i % 2 * 4). stage_lane has the compiler make an index once, and not again for every chunk under its predicate.
 __device__ __forceinline__ int stage_index(int q) { return q ^ (q >> 3 & 7); }
+
+__device__ __forceinline__ int stage_lane(int q) {
+    int index = stage_index(q);
+    asm volatile("" : "+r"(index));
+    return index;
+}
+
+// words: this lane's N chunks, N up to 8, from the staging area
+template <int N> __device__ __forceinline__ void stage_take(uint32_t* words, const uint4* stage) {
+    int first = stage_lane(threadIdx.x % WARP_LANES * N);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        uint4 x = stage[first ^ i];
+        words[4 * i] = x.x, words[4 * i + 1] = x.y, words[4 * i + 2] = x.z, words[4 * i + 3] = x.w;
+    }
+    __syncwarp();
+}
 
 // words: this lane's N chunks of the N * 32 at `from`, of which the first `valid` are there; the others are zero
 template <int N>
@@ -171,31 +197,51 @@ __device__ __forceinline__ void stage_read(uint32_t* words, const void* from, in
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        stage[stage_index(lane + WARP_LANES * i)] = x[i];
+        stage[(stage_index(lane) ^ i % 2 * 4) + WARP_LANES * i] = x[i];
     }
-    __syncwarp();
+    stage_take<N>(words, stage);
+}
+
+// 16 bytes to shared memory, which are there after stage_commit and stage_wait
+__device__ __forceinline__ void chunk_copy(uint4* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void stage_commit(void) {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// until the lane's copies are there but for the `later` groups committed last
+template <int later> __device__ __forceinline__ void stage_wait(void) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
+}
+
+// stage_read ahead of its time: stage_take after stage_commit and stage_wait. What is not there stays what it was.
+template <int N> __device__ __forceinline__ void stage_prefetch(uint4* stage, const void* from, int valid) {
+    int lane = threadIdx.x % WARP_LANES, even = stage_lane(lane);
+    const uint4* at = (const uint4*)from + lane;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        x[i] = stage[stage_index(lane * N + i)];
-        words[4 * i] = x[i].x, words[4 * i + 1] = x[i].y, words[4 * i + 2] = x[i].z, words[4 * i + 3] = x[i].w;
+        if (lane + WARP_LANES * i < valid) {
+            chunk_copy(&stage[(even ^ i % 2 * 4) + WARP_LANES * i], at + WARP_LANES * i);
+        }
     }
-    __syncwarp();
 }
 
 template <int N>
 __device__ __forceinline__ void stage_write(void* to, const uint32_t* words, int valid, uint4* stage) {
-    int lane = threadIdx.x % WARP_LANES;
+    int lane = threadIdx.x % WARP_LANES, first = stage_lane(lane * N), even = stage_lane(lane);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        stage[stage_index(lane * N + i)] =
-            make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+        stage[first ^ i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < N; i++) {
         int q = lane + WARP_LANES * i;
         if (q < valid) {
-            ((uint4*)to)[q] = stage[stage_index(q)];
+            ((uint4*)to)[q] = stage[(even ^ i % 2 * 4) + WARP_LANES * i];
         }
     }
     __syncwarp();

@@ -9,16 +9,15 @@
 // This file has row_base, whose operand has a base for each row, and the choice between the kernels.
 //
 // row_base: the largest scale of a row must be known before a byte of the row is written, so a block keeps the codes of
-// whole rows in registers, as e5m2 bytes, which hold e2m1 exactly; rescaling them in f16 is exact, too, down to where
-// all bytes are zero. A thread has up to ROW_CHUNKS groups of one row, or a block several short rows. Rows of more than
-// ROW_CHUNKS * 256 groups are computed twice, first for their base.
+// whole rows in registers. A thread has up to ROW_CHUNKS groups of one row, or a block several short rows. Rows of more
+// than ROW_CHUNKS * 256 groups are computed twice, first for their base.
 #pragma once
 #include "quantize_saved.cuh"
 
 #define ROW_CHUNKS 4
 #define ROWS_IN_BLOCK 256
 
-// how a block of `threads` shares rows: `rows` rows of `groups` each, or one row in chunks of `chunk` groups
+// how a block of `threads` shares rows: `rows` rows of `groups` each, `chunk` together, or one row in chunks of `chunk`
 typedef struct { int rows, groups, chunk, chunks, threads; } RowPlan;
 
 static RowPlan row_plan(int cols) {
@@ -31,87 +30,72 @@ static RowPlan row_plan(int cols) {
         p.chunk = GROUP_THREADS;
     }
     p.rows = max_int(1, GROUP_THREADS / p.groups);
-    p.threads = (int)round_up(p.rows > 1 ? p.rows * p.groups : p.chunk, WARP_LANES);
+    p.chunk *= p.rows;
+    p.threads = (int)round_up(p.chunk, WARP_LANES);
     return p;
 }
 
-// e2m1 values, as e5m2 bytes, times 2^k in the carrier's format. Below 2^-24 only zeros are left.
-__device__ __forceinline__ uint32_t bytes_rescale(uint32_t bytes, __half2 factor, Format carrier) {
-    uint32_t half[2] = {__byte_perm(bytes, 0, 0x1404), __byte_perm(bytes, 0, 0x3424)};  // e5m2 is the top of an f16
-    __half2 low = __hmul2(*(const __half2*)&half[0], factor), high = __hmul2(*(const __half2*)&half[1], factor);
-#if __CUDA_ARCH__ >= 890
-    uint16_t a, b;
-    if (carrier == FORMAT_E4M3) {
-        asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(a) : "r"(*(uint32_t*)&low));
-        asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(b) : "r"(*(uint32_t*)&high));
-    } else {
-        asm("cvt.rn.satfinite.e5m2x2.f16x2 %0, %1;" : "=h"(a) : "r"(*(uint32_t*)&low));
-        asm("cvt.rn.satfinite.e5m2x2.f16x2 %0, %1;" : "=h"(b) : "r"(*(uint32_t*)&high));
+// a block's neighbouring groups: of the operand from `first` on, `count` of them
+typedef struct { uint32_t first; int count; } RowPiece;
+
+// chunk c of the rows from `row` on; count not above 0 past the end
+__device__ __forceinline__ RowPiece row_piece(const QuantizeJob& job, RowPlan plan, uint32_t row, int c) {
+    int rows = min(plan.rows, (int)job.rows - (int)row), at = c * plan.chunk;
+    return RowPiece{row * (uint32_t)plan.groups + (uint32_t)at, min(plan.chunk, rows * plan.groups - at)};
+}
+
+// groups of this thread's warp in the piece
+__device__ __forceinline__ int piece_valid(RowPiece piece) {
+    return max(0, min(WARP_LANES, piece.count - (int)threadIdx.x / WARP_LANES * WARP_LANES));
+}
+
+__device__ __forceinline__ void piece_prefetch(const QuantizeJob& job, RowPiece piece, uint4* stage) {
+    const int N = GROUP_CHUNKS(floatX);
+    uint32_t first = piece.first + threadIdx.x / WARP_LANES * WARP_LANES;
+    int valid = piece_valid(piece);
+    if (valid) {
+        stage_prefetch<N>(stage, job.tensor + (size_t)first * GROUP, valid * N);
     }
-    return (uint32_t)a | (uint32_t)b << 16;
-#else
-    float2 x = __half22float2(low), y = __half22float2(high);
-    return fp8_pack(x.x, x.y, y.x, y.y, carrier);
-#endif
 }
 
-__device__ __forceinline__ __half2 half_power_of_two(uint32_t scale, int base) {
-    int k = (int)scale - 127 - base;
-    uint32_t bits = k >= -14 ? (uint32_t)(min(k, 15) + 15) << 10 : k >= -24 ? 1u << (k + 24) : 0u;
-    bits = scale == UE8M0_NAN ? 0x7fffu : bits;
-    bits |= bits << 16;
-    return *(__half2*)&bits;
-}
-
-// this warp's part of a block's neighbouring groups: its lanes' codes as e5m2 bytes. first: the operand's group of
-// thread 0; word: the lane's sign word
-template <Rounding ROUND>
-__device__ __forceinline__ uint32_t row_quantize(const QuantizeJob& job, uint32_t* bytes, size_t first, int count,
+// this warp's part of a piece: its lanes' codes. signs: the lane's sign word, spread. STAGES 2: in `stage` already
+template <Rounding ROUND, int STAGES>
+__device__ __forceinline__ uint32_t row_quantize(const QuantizeJob& job, GroupTops* tops, RowPiece piece,
                                                  uint32_t signs, uint64_t round_stream, int store, uint4* stage) {
     const int N = GROUP_CHUNKS(floatX);
     uint32_t words[GROUP_WORDS(floatX)], mask;
-    int at_warp = threadIdx.x / WARP_LANES * WARP_LANES, valid = max(0, min(WARP_LANES, count - at_warp));
-    size_t group = first + threadIdx.x;
+    uint32_t first = piece.first + threadIdx.x / WARP_LANES * WARP_LANES, group = piece.first + threadIdx.x;
     float v[GROUP];
-    stage_read<N>(words, job.tensor + (first + at_warp) * GROUP, valid * N, stage);
+    if (STAGES == 1) {
+        stage_read<N>(words, job.tensor + (size_t)first * GROUP, piece_valid(piece) * N, stage);
+    } else {
+        stage_take<N>(words, stage);
+    }
     if (job.rotation == ROTATE_SIGNED) {
         group_flip_signs<floatX>(words, signs);
     }
     group_unpack<floatX>(v, words);
-    uint32_t scale = group_quantize<SCALE_ABSMAX, ROUND, 0>(job, v, &mask, 1.0f, round_stream, group * GROUP, 1);
-#pragma unroll
-    for (int i = 0; i < GROUP / 4; i++) {
-        bytes[i] = fp8_pack(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3], FORMAT_E5M2);
-    }
-    if (store && (job.codes || job.scales) && (int)threadIdx.x < count) {
-#pragma unroll
-        for (int k = 0; k < GROUP; k++) {
-            v[k] = mul_rn(v[k], CODE_UNIT);
-        }
-        group_store(job, v, group, scale, mask);
+    int valid = (int)threadIdx.x < piece.count;
+    uint32_t scale = group_tops_where<SCALE_ABSMAX, ROUND>(valid, tops, &mask, v, job.rotation, &job.keys,
+                                                           job.round_index + (uint64_t)group * (GROUP / 8),
+                                                           round_stream);
+    if (store && (job.codes || job.scales) && valid) {
+        tops_store(job, tops, group, scale, mask);
     }
     return scale;
 }
 
 // e of a group for the row's base
-__device__ __forceinline__ int row_exponent(const uint32_t* bytes, uint32_t scale) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < GROUP / 4; i++) {
-        bits |= bytes[i];
-    }
-    return scale == UE8M0_NAN || !(bits & 0x7f7f7f7fu) ? CARRIER_NONE : (int)scale - 127;
+__device__ __forceinline__ int row_exponent(const GroupTops* tops, uint32_t scale) {
+    return scale == UE8M0_NAN || !tops_any(tops) ? CARRIER_NONE : (int)scale - 127;
 }
 
-__device__ __forceinline__ void row_store(const QuantizeJob& job, uint32_t* bytes, size_t first, int count,
+__device__ __forceinline__ void row_store(const QuantizeJob& job, const GroupTops* tops, RowPiece piece,
                                           uint32_t scale, int base, uint4* stage) {
-    int at_warp = threadIdx.x / WARP_LANES * WARP_LANES, valid = max(0, min(WARP_LANES, count - at_warp));
-    __half2 factor = half_power_of_two(scale, base);
-#pragma unroll
-    for (int i = 0; i < GROUP / 4; i++) {
-        bytes[i] = bytes_rescale(bytes[i], factor, job.carrier);
-    }
-    stage_write<2>((uint8_t*)job.operand + (first + at_warp) * GROUP, bytes, valid * 2, stage);
+    uint32_t bytes[GROUP / 4];
+    uint32_t first = piece.first + threadIdx.x / WARP_LANES * WARP_LANES;
+    tops_carry(bytes, tops, scale, base, job.carrier);
+    stage_write<2>((uint8_t*)job.operand + (size_t)first * GROUP, bytes, piece_valid(piece) * 2, stage);
 }
 
 // the sign words of all groups of a row, spread, by the whole block
@@ -138,42 +122,55 @@ __device__ __forceinline__ void row_raise(int* slot, int exponent, int whole_war
     }
 }
 
-template <Rounding ROUND, int CHUNKS>
-__global__ void __launch_bounds__(GROUP_THREADS, ROUND == ROUND_NEAREST && CHUNKS < 4 ? 3 : 2)
+// STAGES 2: while a piece is worked on, the next one, of this row or the next, is on its way
+template <Rounding ROUND, int CHUNKS, int STAGES>
+__global__ void __launch_bounds__(GROUP_THREADS, CHUNKS > (ROUND == ROUND_STOCHASTIC ? 1 : 3) ? 2 : 3)
     quantize_row_base_kernel(const __grid_constant__ QuantizeJob job, RowPlan plan) {
-    __shared__ uint4 stages[GROUP_WARPS][STAGE_CHUNKS(floatX)];
+    __shared__ uint4 stages[GROUP_WARPS][STAGES][STAGE_CHUNKS(floatX)];
     __shared__ int largest[3][ROWS_IN_BLOCK];
     extern __shared__ uint32_t signs[];
     Streams streams = job_streams(job);
-    uint4* stage = stages[threadIdx.x / WARP_LANES];
+    uint4 *stage = stages[threadIdx.x / WARP_LANES][0], *other = stages[threadIdx.x / WARP_LANES][STAGES - 1];
     int thread = threadIdx.x, slot = 0, row_of = plan.rows > 1 ? min(thread / plan.groups, plan.rows - 1) : 0;
+    int group_of = plan.rows > 1 ? thread % plan.groups : thread;
+    uint32_t row = blockIdx.x * plan.rows, step = gridDim.x * plan.rows;
+    if (STAGES > 1) {
+        piece_prefetch(job, row_piece(job, plan, row, 0), stage);
+        stage_commit();
+    }
     for (int i = thread; i < 3 * ROWS_IN_BLOCK; i += blockDim.x) {
         largest[i / ROWS_IN_BLOCK][i % ROWS_IN_BLOCK] = CARRIER_NONE;
     }
     row_signs(signs, job, plan.groups, streams.sign);
-    for (uint32_t row = blockIdx.x * plan.rows; row < job.rows; row += gridDim.x * plan.rows) {
-        uint32_t bytes[CHUNKS][GROUP / 4], scale[CHUNKS];
-        int rows = min(plan.rows, (int)(job.rows - row));
-        size_t first = (size_t)row * plan.groups;
-        int next = slot == 2 ? 0 : slot + 1;
+    for (; row < job.rows; row += step) {
+        GroupTops tops[CHUNKS];
+        uint32_t scale[CHUNKS];
+        int rows = min(plan.rows, (int)(job.rows - row)), next = slot == 2 ? 0 : slot + 1;
         if (thread < plan.rows) {
             largest[next][thread] = CARRIER_NONE;
         }
         int exponent = CARRIER_NONE;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
-            int at = c * plan.chunk, count = plan.rows > 1 ? rows * plan.groups : min(plan.chunk, plan.groups - at);
-            uint32_t word = signs[plan.rows > 1 ? thread % plan.groups : min(at + thread, plan.groups - 1)];
-            scale[c] = row_quantize<ROUND>(job, bytes[c], first + at, count, word, streams.round, 1, stage);
-            exponent = thread < count ? max(exponent, row_exponent(bytes[c], scale[c])) : exponent;
+            RowPiece piece = row_piece(job, plan, row, c);
+            if (STAGES > 1) {
+                piece_prefetch(job, row_piece(job, plan, c + 1 < CHUNKS ? row : row + step, (c + 1) % CHUNKS), other);
+                stage_commit();
+                stage_wait<1>();
+            }
+            uint32_t word = signs[min(c * plan.chunk + group_of, plan.groups - 1)];
+            scale[c] = row_quantize<ROUND, STAGES>(job, &tops[c], piece, word, streams.round, 1, stage);
+            exponent = thread < piece.count ? max(exponent, row_exponent(&tops[c], scale[c])) : exponent;
+            uint4* taken = stage;
+            stage = other;
+            other = taken;
         }
         row_raise(&largest[slot][row_of], exponent, plan.rows == 1 || plan.groups % WARP_LANES == 0);
         __syncthreads();
         int base = carrier_base(job.carrier, largest[slot][row_of]);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
-            int at = c * plan.chunk, count = plan.rows > 1 ? rows * plan.groups : min(plan.chunk, plan.groups - at);
-            row_store(job, bytes[c], first + at, count, scale[c], base, stage);
+            row_store(job, &tops[c], row_piece(job, plan, row, c), scale[c], base, other);
         }
         if (thread < rows) {
             job.row_scale[row + thread] = power_of_two(carrier_base(job.carrier, largest[slot][thread]));
@@ -194,21 +191,20 @@ __global__ void __launch_bounds__(GROUP_THREADS)
     int thread = threadIdx.x;
     row_signs(signs, job, plan.groups, streams.sign);
     for (uint32_t row = blockIdx.x; row < job.rows; row += gridDim.x) {
-        uint32_t bytes[GROUP / 4];
+        GroupTops tops;
         int base = 0, exponent = CARRIER_NONE;
         if (thread == 0) {
             largest = CARRIER_NONE;
         }
         __syncthreads();
         for (int write = 0; write < 2; write++) {
-            for (int at = 0; at < plan.groups; at += plan.chunk) {
-                int count = min(plan.chunk, plan.groups - at);
-                size_t first = (size_t)row * plan.groups + at;
-                uint32_t word = signs[min(at + thread, plan.groups - 1)];
-                uint32_t scale = row_quantize<ROUND>(job, bytes, first, count, word, streams.round, write, stage);
-                exponent = thread < count ? max(exponent, row_exponent(bytes, scale)) : exponent;
+            for (int c = 0; c < plan.chunks; c++) {
+                RowPiece piece = row_piece(job, plan, row, c);
+                uint32_t word = signs[min(c * plan.chunk + thread, plan.groups - 1)];
+                uint32_t scale = row_quantize<ROUND, 1>(job, &tops, piece, word, streams.round, write, stage);
+                exponent = thread < piece.count ? max(exponent, row_exponent(&tops, scale)) : exponent;
                 if (write) {
-                    row_store(job, bytes, first, count, scale, base, stage);
+                    row_store(job, &tops, piece, scale, base, stage);
                 }
             }
             if (!write) {
@@ -224,7 +220,7 @@ __global__ void __launch_bounds__(GROUP_THREADS)
     }
 }
 
-template <Rounding ROUND> static void row_base_launch(const QuantizeJob* job) {
+template <Rounding ROUND, int STAGES> static void row_base_launch(const QuantizeJob* job) {
     RowPlan plan = row_plan((int)job->cols);
     size_t items = (size_t)ceil_div(job->rows, plan.rows), shared = sizeof(uint32_t) * (size_t)round_up(plan.groups, 4);
     check(shared <= 16384, "internal: rows of %u elements have more sign words than fit", job->cols);
@@ -236,10 +232,10 @@ template <Rounding ROUND> static void row_base_launch(const QuantizeJob* job) {
         kernel<<<blocks, plan.threads, shared, gpu.stream>>>(*job, plan);                           \
     } while (0)
     switch (plan.chunks) {
-    case 1: ROW_BASE((quantize_row_base_kernel<ROUND, 1>)); break;
-    case 2: ROW_BASE((quantize_row_base_kernel<ROUND, 2>)); break;
-    case 3: ROW_BASE((quantize_row_base_kernel<ROUND, 3>)); break;
-    case 4: ROW_BASE((quantize_row_base_kernel<ROUND, 4>)); break;
+    case 1: ROW_BASE((quantize_row_base_kernel<ROUND, 1, STAGES>)); break;
+    case 2: ROW_BASE((quantize_row_base_kernel<ROUND, 2, STAGES>)); break;
+    case 3: ROW_BASE((quantize_row_base_kernel<ROUND, 3, STAGES>)); break;
+    case 4: ROW_BASE((quantize_row_base_kernel<ROUND, 4, STAGES>)); break;
     default: ROW_BASE((quantize_long_row_kernel<ROUND>));
     }
 #undef ROW_BASE
@@ -258,40 +254,54 @@ static int cuda_quantize_supports(const QuantSpec* spec) {
             (spec->scale == SCALE_QUEST && spec->rounding == ROUND_NEAREST && spec->source == SOURCE_TENSOR));
 }
 
-template <ScaleRule RULE, Rounding ROUND, int STATS>
-static void source_launch(const QuantizeJob* job, int saved, int transposed) {
+typedef void (*JobKernel)(QuantizeJob);
+
+// As many blocks as run at once. The second launch seldom has anything to do: it gets one block a multiprocessor and,
+// where `overlap`, may start while the first one ends, for which it then waits (launch_order).
+static void job_launch(JobKernel kernel, const QuantizeJob* job, int threads, size_t items, int overlap) {
+    int blocks = job->check ? (int)min_i64((int64_t)items, gpu.sm_count) : persistent_blocks(kernel, threads, items);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.stream = gpu.stream;
+    config.attrs = &early;
+    config.numAttrs = overlap && job->check && gpu.major >= 9;
+    cuda_check(cudaLaunchKernelEx(&config, kernel, *job));
+}
+
+template <ScaleRule RULE, Rounding ROUND, int STATS, int STAGES>
+static void source_launch(const QuantizeJob* job, int saved, int transposed, int overlap) {
     size_t blocks = job->cols / GROUP;
     if (saved) {
         size_t items = (size_t)ceil_div(blocks, SAVED_BLOCKS) * (size_t)ceil_div(job->rows, SAVED_TILE);
         int mma = !STATS && job->base && !job->check && job->rotation != ROTATE_NONE && !job->codes && !job->scales &&
                   job->carrier == FORMAT_E4M3;
-        if (mma) {
-            int grid = persistent_blocks(quantize_saved_kernel<ROUND, 0, 1>, GROUP_THREADS, items);
-            quantize_saved_kernel<ROUND, 0, 1><<<grid, GROUP_THREADS, 0, gpu.stream>>>(*job);
-        } else {
-            int grid = persistent_blocks(quantize_saved_kernel<ROUND, STATS, 0>, GROUP_THREADS, items);
-            quantize_saved_kernel<ROUND, STATS, 0><<<grid, GROUP_THREADS, 0, gpu.stream>>>(*job);
-        }
+        job_launch(mma ? quantize_saved_kernel<ROUND, 0, 1> : quantize_saved_kernel<ROUND, STATS, 0>, job,
+                   GROUP_THREADS, items, overlap);
     } else if (transposed) {
         size_t items = (size_t)ceil_div(blocks, COLUMN_BLOCKS) * (size_t)ceil_div(job->rows, COLUMN_WARP);
-        int grid = persistent_blocks(quantize_columns_kernel<RULE, ROUND, STATS>, COLUMN_THREADS, items);
-        quantize_columns_kernel<RULE, ROUND, STATS><<<grid, COLUMN_THREADS, 0, gpu.stream>>>(*job);
+        int chunks = STAGES > 1 && job->rows % VEC == 0;
+        job_launch(chunks ? quantize_columns_kernel<RULE, ROUND, STATS, STAGES>
+                          : quantize_columns_kernel<RULE, ROUND, STATS, 1>,
+                   job, COLUMN_THREADS, items, overlap);
     } else {
         size_t items = (size_t)ceil_div(job->rows * blocks, GROUP_THREADS);
-        int grid = persistent_blocks(quantize_rows_kernel<RULE, ROUND, STATS>, GROUP_THREADS, items);
-        quantize_rows_kernel<RULE, ROUND, STATS><<<grid, GROUP_THREADS, 0, gpu.stream>>>(*job);
+        job_launch(quantize_rows_kernel<RULE, ROUND, STATS, STAGES>, job, GROUP_THREADS, items, overlap);
     }
-    cuda_check_launch();
 }
 
-template <int STATS> static void spec_launch(const QuantizeArgs* args, const QuantizeJob* job) {
+template <int STATS, int STAGES>
+static void spec_launch(const QuantizeArgs* args, const QuantizeJob* job, int overlap) {
     int saved = args->spec.source == SOURCE_SAVED;
     if (args->spec.scale == SCALE_QUEST) {
-        source_launch<SCALE_QUEST, ROUND_NEAREST, STATS>(job, 0, args->transposed);
+        source_launch<SCALE_QUEST, ROUND_NEAREST, STATS, STAGES>(job, 0, args->transposed, overlap);
     } else if (args->spec.rounding == ROUND_STOCHASTIC) {
-        source_launch<SCALE_ABSMAX, ROUND_STOCHASTIC, STATS>(job, saved, args->transposed);
+        source_launch<SCALE_ABSMAX, ROUND_STOCHASTIC, STATS, STAGES>(job, saved, args->transposed, overlap);
     } else {
-        source_launch<SCALE_ABSMAX, ROUND_NEAREST, STATS>(job, saved, args->transposed);
+        source_launch<SCALE_ABSMAX, ROUND_NEAREST, STATS, STAGES>(job, saved, args->transposed, overlap);
     }
 }
 
@@ -310,6 +320,8 @@ static void quantize_check(const QuantizeArgs* args) {
     int fp8 = out->operand && out->carrier != FORMAT_FLOATX;
     check(!fp8 || gpu.major > 8 || (gpu.major == 8 && gpu.minor == 9),
           "internal: no 8-bit carrier on compute capability %d.%d", gpu.major, gpu.minor);
+    check(args->round_index % 4 == 0, "internal: a group's random numbers begin at %llu, not at a multiple of 4",
+          (unsigned long long)args->round_index);
     check(!fp8 || (out->base != NULL) != (out->row_scale != NULL), "internal: an 8-bit operand has one base, or one a "
           "row");
     check(!(fp8 && out->row_scale) || (args->spec.source == SOURCE_TENSOR && !args->transposed &&
@@ -319,8 +331,8 @@ static void quantize_check(const QuantizeArgs* args) {
     check(bits % 16 == 0, "internal: an operand is not 16-byte aligned");
 }
 
-// asynchronous; out->base->scale, or row_scale, is there when the stream comes by
-static void cuda_quantize(const QuantizeArgs* args) {
+// STAGES, overlap: see the kernels and job_launch
+template <int STAGES> static void quantize_launch(const QuantizeArgs* args, int overlap) {
     quantize_check(args);
     const QTensor *out = args->out, *saved = args->saved;
     int from_saved = args->spec.source == SOURCE_SAVED, fp8 = out->operand && out->carrier != FORMAT_FLOATX;
@@ -332,23 +344,26 @@ static void cuda_quantize(const QuantizeArgs* args) {
                        .row_scale = fp8 ? out->row_scale : NULL, .seed = args->seed, .sign_stream = args->sign_stream,
                        .sign_index = args->sign_index, .round_stream = args->round_stream,
                        .round_index = args->round_index, .position = args->position, .owed = out->owed,
-                       .stats = args->stats};
+                       .stats = args->stats, .keys = philox_keys(args->seed)};
     if (out->rows == 0 || out->cols == 0) {
         return;
     }
     if (job.row_scale) {
-        args->spec.rounding == ROUND_STOCHASTIC ? row_base_launch<ROUND_STOCHASTIC>(&job)
-                                                : row_base_launch<ROUND_NEAREST>(&job);
+        args->spec.rounding == ROUND_STOCHASTIC ? row_base_launch<ROUND_STOCHASTIC, STAGES>(&job)
+                                                : row_base_launch<ROUND_NEAREST, STAGES>(&job);
     } else {
-        spec_launch<0>(args, &job);
+        spec_launch<0, STAGES>(args, &job, overlap);
         job.check = 1;
         if (job.base) {
-            spec_launch<0>(args, &job);
+            spec_launch<0, STAGES>(args, &job, overlap);
         }
     }
     if (args->stats) {  // a kernel of its own, which writes nothing else
         job.check = 0;
         job.base = NULL;
-        spec_launch<1>(args, &job);
+        spec_launch<1, 1>(args, &job, 0);
     }
 }
+
+// asynchronous; out->base->scale, or row_scale, is there when the stream comes by
+static void cuda_quantize(const QuantizeArgs* args) { quantize_launch<SOURCE_STAGES>(args, 1); }

@@ -22,9 +22,28 @@
 #define SAVED_TILE (GROUP_WARPS / SAVED_BLOCKS * SAVED_COLUMNS)
 #define SAVED_SPREAD 12    // octaves: sums then have at most 21 bits
 
-// 3/4 / sqrt(32) in one product: for every f32 but the mantissa 0x1.a660e2, of 24 bits, which the exact sums above do
-// not have, the code is that of the two products (all f32 of six octaves: quantize_bench.cu host)
-#define HADAMARD_ABSMAX_SCALE (HADAMARD_SCALE * 0.75f)
+// The sums come times 2^(SAVED_SHIFT - base), so that codes are made in the space of the carrier's bytes. A code's
+// power of two is that of its sum, shifted: 3/4 / sqrt(32) is 2^-3 times 1.06, and between 7/8 and 9/8 of a power of
+// two both spacings round to it. Adding a number of the sum's binade, between 1 and 1.5 of its powers of two, makes the
+// adder round, and there are no ties. Where that number is 1, and the sum negative, the adder rounds finer than it
+// should: sums of 1 and 1.5 powers of two, which become the right codes all the same. (Tried: quantize_bench.cu host.)
+#define SAVED_SHIFT 19
+#define SAVED_PRODUCT (ABSMAX_PRODUCT * 0x1p-19f)
+#define SAVED_UNIT 0x00a00000u  // 1.25 units' bits, over those of the group's largest sum / sqrt(32)
+#define SAVED_BITS 21  // of the sums: with more, the codes could be others than the definition's
+
+// code * unit of a sum; least is 1.25 units. The result has no negative zero.
+GROUP_INLINE float saved_nearest(float sum, float least) {
+    float magic = f32_from_bits(f32_bits(fmaxf(fabsf(sum), least)) & 0xffbfffffu);
+    return sub_rn(fma_rn(sum, SAVED_PRODUCT, magic), magic);
+}
+
+// of x itself, in the space of the bytes
+GROUP_INLINE float saved_stochastic(float x, float unit, uint32_t word, int high) {
+    float power = f32_from_bits(f32_bits(max_magnitude(x, unit)) & 0xff800000u);
+    float random = f32_from_bits(bytes_pick(word, 0x42800000u, high ? 0x7632 : 0x7610));
+    return magic_floor(power, fma_rn(sub_rn(random, 64.0f - 0x1p-18f), power, x));
+}
 
 // a warp's tile; top and bottom of the scales of the lane's 32 tokens
 typedef struct {
@@ -208,14 +227,15 @@ __device__ __forceinline__ void mma_bf16(float* d, const uint32_t* a, const uint
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// h: the B operand of result tile j and its second half of k. Token 8t + 4s + 2u + i against output o has a minus where
-// t & o/8, s & (o/4 & 1), u & (o/2 & 1), i & o have an odd number of ones together; o/8 and o's lowest bit are the
-// lane's, (o/4 & 1, o/2 & 1) = (j/2, j%2). The first half of k, s = 0, has h[j % 2]. Read from memory, lest the
+// h: the B operand of result tile j and its second half of k, times 2^60. Token 8t + 4s + 2u + i against output o has a
+// minus where t & o/8, s & (o/4 & 1), u & (o/2 & 1), i & o have an odd number of ones together; o/8 and o's lowest bit
+// are the lane's, (o/4 & 1, o/2 & 1) = (j/2, j%2). The first half of k, s = 0, has h[j % 2]. Read from memory, lest the
 // compiler see that the eight registers repeat each other: it would keep two and copy them into pairs again and again.
+#define SAVED_ONES 0x5d805d80u  // bf16 2^60: the factors of codes * 2^-126 would not reach the space of the sums
 __device__ __forceinline__ void saved_hadamard(uint32_t (*h)[2]) {
     __shared__ volatile uint32_t signs[2][GROUP_THREADS];
     uint32_t g = threadIdx.x % WARP_LANES / 4, t = threadIdx.x % 4;
-    uint32_t pair = 0x3f803f80u ^ (__popc(t & g / 2) & 1 ? 0x80008000u : 0u) ^ (g & 1) << 31;
+    uint32_t pair = SAVED_ONES ^ (__popc(t & g / 2) & 1 ? 0x80008000u : 0u) ^ (g & 1) << 31;
     signs[0][threadIdx.x] = pair;
     signs[1][threadIdx.x] = pair ^ 0x80008000u;
 #pragma unroll
@@ -225,12 +245,13 @@ __device__ __forceinline__ void saved_hadamard(uint32_t (*h)[2]) {
     }
 }
 
-// factor: bf16 pairs for tokens 8t + 2i, + 1: sign * scale / largest scale * 2^126
-__device__ __forceinline__ void saved_factors(uint32_t* factor, const SavedTile* tile, uint32_t signs) {
+// factor: bf16 pairs for tokens 8t + 2i, + 1: sign * scale * 2^(126 - 60 + SAVED_SHIFT - base)
+__device__ __forceinline__ void saved_factors(uint32_t* factor, const SavedTile* tile, uint32_t signs, int base) {
+    int field = 126 - 60 + SAVED_SHIFT - base;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint32_t low = (253u - (uint32_t)tile->top + saved_scale(tile, 2 * i)) << 7;
-        uint32_t high = (253u - (uint32_t)tile->top + saved_scale(tile, 2 * i + 1)) << 7;
+        uint32_t low = ((uint32_t)field + saved_scale(tile, 2 * i)) << 7;
+        uint32_t high = ((uint32_t)field + saved_scale(tile, 2 * i + 1)) << 7;
         factor[i] = (low | high << 16) ^ ((signs >> 2 * i & 1u) << 15 | (signs >> 2 * i & 2u) << 30);
     }
 }
@@ -242,7 +263,7 @@ template <int ODD> __device__ __forceinline__ uint32_t codes_bf16(uint32_t pair)
     return (code * (ODD ? 0x104u : 0x1040u)) & 0x81c081c0u;
 }
 
-// x[h] = outputs of code 2 * byte + ODD of word h, relative to the largest scale
+// x[h] = sums of code 2 * byte + ODD of word h
 template <int ODD>
 __device__ __forceinline__ void saved_product(float (*x)[8], const SavedTile* tile, const uint32_t* factors, int byte,
                                               const uint32_t (*h)[2]) {
@@ -269,28 +290,15 @@ __device__ __forceinline__ void saved_product(float (*x)[8], const SavedTile* ti
     }
 }
 
-// What a tile's groups share. All is relative to the largest scale, and goes straight to the space of the carrier's
-// bytes: value * 2^-base, where only the unit depends on the group.
-typedef struct {
-    float factor;    // of the sums: 3/4 / sqrt(32) * largest scale / 2^base; stochastic: without 1/sqrt(32)
-    int unit;        // bits of a group's unit, less those of the power of two in its largest element
-    uint32_t under;  // groups with a smaller largest element than these bits have codes that are rounded
-    uint32_t top;    // the lane's largest
-    int count;       // of groups under
-} SavedSpace;
+// What a lane's groups leave behind: the largest, and how many are so small that their codes are rounded
+typedef struct { uint32_t top, count; } SavedUse;
 
-__device__ __forceinline__ SavedSpace saved_space(const SavedTile* tile, int base, int stochastic) {
-    int reference = tile->top - 127 - base, limit = (carrier_bottom(FORMAT_E4M3) + 129 - reference) * (1 << 23);
-    float scale = f32_from_bits((uint32_t)(reference + 127) << 23);
-    SavedSpace space = {mul_rn(stochastic ? 0.75f : HADAMARD_ABSMAX_SCALE, scale), (reference - 2) * (1 << 23),
-                        limit > 0 ? (uint32_t)limit : 1u, 0, 0};
-    return space;
-}
-
-// Groups of zeros only have zeros of any sign here, and do not count.
+// Groups of zeros only have zeros of any sign here, and do not count. Unit and scale are 2 + SAVED_SHIFT octaves under
+// the exponent of `bits`.
 template <Rounding ROUND>
-__device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, SavedSpace* space, float* x, size_t at,
+__device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, SavedUse* use, float* x, size_t at,
                                              uint64_t round_stream) {
+    const uint32_t under = (uint32_t)(carrier_bottom(FORMAT_E4M3) + 127 + 2 + SAVED_SHIFT) << 23;
     float largest = fabsf(x[0]);
 #pragma unroll
     for (int k = 1; k < 8; k++) {
@@ -299,20 +307,21 @@ __device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, SavedSpace*
     largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
     uint32_t bits = f32_bits(mul_rn(largest, HADAMARD_SCALE)) & 0x7f800000u;
-    float unit = f32_from_bits(bits + (uint32_t)space->unit);
-    space->top = max(space->top, bits);
-    space->count += bits - 1u < space->under - 1u;
-    Philox random = {{0, 0, 0, 0}};
+    use->top = max(use->top, bits);
+    use->count += bits - 1u < under - 1u;
     if (ROUND == ROUND_STOCHASTIC) {
-        random = philox(job.seed, job.round_index + at / 8, round_stream);
-    }
+        Philox random = philox_keyed(&job.keys, job.round_index + at / 8, round_stream);
+        float unit = f32_from_bits((uint32_t)max((int)bits - ((2 + SAVED_SHIFT) << 23), 1 << 23));
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-        if (ROUND == ROUND_STOCHASTIC) {
-            float value = mul_rn(mul_rn(x[k], HADAMARD_SCALE), space->factor);
-            x[k] = e2m1_stochastic(value, unit, random.w[k / 2], k % 2);
-        } else {
-            x[k] = e2m1_nearest_unsigned_zero(mul_rn(x[k], space->factor), unit);
+        for (int k = 0; k < 8; k++) {
+            float value = mul_rn(mul_rn(x[k], HADAMARD_SCALE), 0.75f / (1 << SAVED_SHIFT));
+            x[k] = saved_stochastic(value, unit, random.w[k / 2], k % 2);
+        }
+    } else {
+        float least = f32_from_bits(bits + SAVED_UNIT);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            x[k] = saved_nearest(x[k], least);
         }
     }
     return make_uint2(fp8_pack(x[0], x[1], x[2], x[3], FORMAT_E4M3), fp8_pack(x[4], x[5], x[6], x[7], FORMAT_E4M3));
@@ -324,8 +333,8 @@ __device__ __forceinline__ void saved_columns_mma(const QuantizeJob& job, BaseUs
                                                   uint32_t signs, const uint32_t (*h)[2], size_t at,
                                                   uint64_t round_stream, int valid) {
     uint32_t factors[4];
-    saved_factors(factors, tile, signs);
-    SavedSpace space = saved_space(tile, use->base, ROUND == ROUND_STOCHASTIC);
+    SavedUse groups = {0, 0};
+    saved_factors(factors, tile, signs, use->base);
     uint8_t* to = (uint8_t*)job.operand + at;
 #pragma unroll 1
     for (int byte = 0; byte < 4; byte++) {
@@ -333,8 +342,8 @@ __device__ __forceinline__ void saved_columns_mma(const QuantizeJob& job, BaseUs
         for (int odd = 0; odd < 2; odd++) {
             float x[2][8];
             odd ? saved_product<1>(x, tile, factors, byte, h) : saved_product<0>(x, tile, factors, byte, h);
-            uint2 low = saved_bytes<ROUND>(job, &space, x[0], at, round_stream);
-            uint2 high = saved_bytes<ROUND>(job, &space, x[1], at + (size_t)8 * job.cols, round_stream);
+            uint2 low = saved_bytes<ROUND>(job, &groups, x[0], at, round_stream);
+            uint2 high = saved_bytes<ROUND>(job, &groups, x[1], at + (size_t)8 * job.cols, round_stream);
             if (valid) {
                 *(uint2*)to = low;
                 *(uint2*)(to + (size_t)8 * job.cols) = high;
@@ -343,9 +352,9 @@ __device__ __forceinline__ void saved_columns_mma(const QuantizeJob& job, BaseUs
             at += job.cols;
         }
     }
-    if (valid && space.top) {
-        use->largest = max(use->largest, (int)(space.top >> 23) - 2 + tile->top - 127 - 127);
-        use->under += threadIdx.x % 4 == 0 ? space.count : 0;
+    if (valid && groups.top) {
+        use->largest = max(use->largest, (int)(groups.top >> 23) - 127 - 2 - SAVED_SHIFT + use->base);
+        use->under += threadIdx.x % 4 == 0 ? (int)groups.count : 0;
     }
 }
 
@@ -363,16 +372,18 @@ __global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ?
     uint32_t warp = threadIdx.x / WARP_LANES, g = threadIdx.x % WARP_LANES / 4, t = threadIdx.x % 4;
     uint32_t blocks = job.cols / GROUP, tiles_across = (job.rows + SAVED_TILE - 1) / SAVED_TILE;
     uint64_t tiles = (uint64_t)((blocks + SAVED_BLOCKS - 1) / SAVED_BLOCKS) * tiles_across;
-    uint32_t tile_at = (uint32_t)(tiles * blockIdx.x / gridDim.x);
-    uint32_t end = (uint32_t)(tiles * (blockIdx.x + 1) / gridDim.x);
+    uint32_t begin = (uint32_t)(tiles * blockIdx.x / gridDim.x), end = (uint32_t)(tiles * (blockIdx.x + 1) / gridDim.x);
+    uint32_t tokens = begin / tiles_across, across = begin % tiles_across;
     uint32_t h[4][2];
     if (MMA) {
         saved_hadamard(h);
     }
     uint32_t signs_of = ~0u, word = 0;
-    for (; tile_at < end; tile_at++) {
-        uint32_t block = tile_at / tiles_across * SAVED_BLOCKS + warp % SAVED_BLOCKS;
-        uint32_t column = tile_at % tiles_across * SAVED_TILE + warp / SAVED_BLOCKS * SAVED_COLUMNS;
+    for (uint32_t left = end - begin; left > 0; left--) {
+        uint32_t block = tokens * SAVED_BLOCKS + warp % SAVED_BLOCKS;
+        uint32_t column = across * SAVED_TILE + warp / SAVED_BLOCKS * SAVED_COLUMNS;
+        across = across + 1 < tiles_across ? across + 1 : 0;
+        tokens += across == 0;
         if (block >= blocks || column >= job.rows) {
             continue;
         }
@@ -389,7 +400,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ?
         // exact, and nothing near the ends of f32
         int distance = tile.top - 127 - use.base;
         int exact = tile.top - tile.bottom <= SAVED_SPREAD && tile.bottom >= 40 && tile.top <= 214 &&
-                    distance >= -60 && distance <= 60;
+                    distance >= -60 && distance <= 40;
         if (MMA && __all_sync(FULL_WARP, exact)) {
             saved_columns_mma<ROUND>(job, &use, &tile, signs, h, at, streams.round, valid);
         } else {
