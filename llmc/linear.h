@@ -104,33 +104,40 @@ static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, con
     return out;
 }
 
+// what makes the operand (rows, cols) into *out, but for its source
+static QuantizeArgs linear_operand_args(const LinearContext* ctx, OperandId id, const Linear* linear, QTensor* out,
+                                        void* kept, void* scratch, int rows, int cols) {
+    QuantSpec spec = *recipe_spec(linear->recipe, id);
+    spec.rounding = spec.rounding == ROUND_OPTION ? ctx->option_rounding : spec.rounding;
+    *out = linear_operand_memory(ctx, id, linear, &spec, rows, cols, kept, scratch);
+    // the two operands of a GEMM draw the same signs; every operand rounds with numbers of its own
+    uint64_t gemm = (uint64_t)id / 2, kind = (uint64_t)linear->kind;
+    return (QuantizeArgs){.out = out,
+                          .spec = spec,
+                          .tensor = NULL,
+                          .saved = NULL,
+                          .transposed = 0,
+                          .seed = ctx->seed,
+                          .sign_stream = rand_stream(RAND_SIGNS, (uint64_t)linear->layer, 0, 0),
+                          .sign_index = (kind * 8 + gemm) << 56,
+                          .round_stream = rand_stream(RAND_ROUND, (uint64_t)linear->layer, 0, 0),
+                          .round_index = (kind * 8 + (uint64_t)id) << 56,
+                          .position = ctx->position,
+                          .stats = NULL};
+}
+
 // The operand (rows, cols) as the recipe's spec makes it of tensor, or of saved where the spec says so. transposed: the
 // source lies as (cols, rows). A spec without quantization is a view; transposition is then a flag that the GEMM
 // library reads at no cost.
 static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Linear* linear, void* kept, void* scratch,
                               int rows, int cols, const floatX* tensor, const QTensor* saved, int transposed,
                               QuantStats* stats) {
-    QuantSpec spec = *recipe_spec(linear->recipe, id);
-    if (spec.format == FORMAT_FLOATX) {
+    if (recipe_spec(linear->recipe, id)->format == FORMAT_FLOATX) {
         return qtensor_view(tensor, rows, cols, transposed);
     }
-    spec.rounding = spec.rounding == ROUND_OPTION ? ctx->option_rounding : spec.rounding;
-    QTensor out = linear_operand_memory(ctx, id, linear, &spec, rows, cols, kept, scratch);
-    // the two operands of a GEMM draw the same signs; every operand rounds with numbers of its own
-    uint64_t gemm = (uint64_t)id / 2, kind = (uint64_t)linear->kind;
-    QuantizeArgs args = {
-        .out = &out,
-        .spec = spec,
-        .tensor = tensor,
-        .saved = saved,
-        .transposed = transposed,
-        .seed = ctx->seed,
-        .sign_stream = rand_stream(RAND_SIGNS, (uint64_t)linear->layer, 0, 0),
-        .sign_index = (kind * 8 + gemm) << 56,
-        .round_stream = rand_stream(RAND_ROUND, (uint64_t)linear->layer, 0, 0),
-        .round_index = (kind * 8 + (uint64_t)id) << 56,
-        .position = ctx->position,
-        .stats = stats};
+    QTensor out;
+    QuantizeArgs args = linear_operand_args(ctx, id, linear, &out, kept, scratch, rows, cols);
+    args.tensor = tensor, args.saved = saved, args.transposed = transposed, args.stats = stats;
     ctx->ops->quantize(&args);
     return out;
 }
@@ -160,10 +167,17 @@ static QTensor linear_input(const LinearContext* ctx, const Linear* linear, void
 static QTensor linear_norm_input(const LinearContext* ctx, const Linear* linear, void* memory, floatX* norm,
                                  floatX* sum, float* rstd, const floatX* a, const floatX* b, const floatX* weight,
                                  int BT, float eps) {
+    int C = linear->C;
+    if (linear->recipe->x.format == FORMAT_MXFP4 && !ctx->telemetry) {
+        QTensor x;
+        QuantizeArgs args = linear_operand_args(ctx, OPERAND_X, linear, &x, memory, ctx->operand_a, BT, C);
+        ctx->ops->rmsnorm_quantize(&args, norm, sum, rstd, a, b, weight, BT, C, eps);
+        return x;
+    }
     if (b) {
-        ctx->ops->add_rmsnorm_forward(sum, norm, rstd, a, b, weight, BT, linear->C, eps);
+        ctx->ops->add_rmsnorm_forward(sum, norm, rstd, a, b, weight, BT, C, eps);
     } else {
-        ctx->ops->rmsnorm_forward(norm, rstd, a, weight, BT, linear->C, eps);
+        ctx->ops->rmsnorm_forward(norm, rstd, a, weight, BT, C, eps);
     }
     return linear_input(ctx, linear, memory, norm, BT);
 }
@@ -171,6 +185,12 @@ static QTensor linear_norm_input(const LinearContext* ctx, const Linear* linear,
 // The same behind SwiGLU of gate_up (BT, 2C); act (BT, C) as norm above
 static QTensor linear_swiglu_input(const LinearContext* ctx, const Linear* linear, void* memory, floatX* act,
                                    const floatX* gate_up, int BT) {
+    if (linear->recipe->x.format == FORMAT_MXFP4 && !ctx->telemetry) {
+        QTensor x;
+        QuantizeArgs args = linear_operand_args(ctx, OPERAND_X, linear, &x, memory, ctx->operand_a, BT, linear->C);
+        ctx->ops->swiglu_quantize(&args, act, gate_up, BT, linear->C);
+        return x;
+    }
     ctx->ops->swiglu_forward(act, gate_up, BT, linear->C);
     return linear_input(ctx, linear, memory, act, BT);
 }
@@ -188,9 +208,13 @@ static void linear_forward(const LinearContext* ctx, const Linear* linear, float
     linear_product(ctx, linear, out, x);
 }
 
-// dinp (BT, C) = gradient of inp; dweight += gradient of the weight, in rotated space where the recipe rotates
-static void linear_backward(const LinearContext* ctx, const Linear* linear, floatX* dinp, const floatX* dout,
-                            const QTensor* x, int BT) {
+// What a gradient that comes out in rotated space still owes: x = H (x * row_scale * mask)
+typedef struct { int rotated; const uint32_t* mask; const float* row_scale; } Owed;
+
+// dinp (BT, C) = gradient of inp, which owes what is returned (until the next linear_backward); dweight += gradient of
+// the weight, in rotated space where the recipe rotates
+static Owed linear_backward_owed(const LinearContext* ctx, const Linear* linear, floatX* dinp, const floatX* dout,
+                                 const QTensor* x, int BT) {
     const Recipe* recipe = linear->recipe;
     int C = linear->C, OC = linear->OC;
     void *a = ctx->operand_a, *b = ctx->operand_b;
@@ -203,8 +227,16 @@ static void linear_backward(const LinearContext* ctx, const Linear* linear, floa
     QTensor xt = linear_operand(ctx, OPERAND_XT, linear, NULL, b, C, BT, x->dense, x, 1, NULL);
     GemmArgs weight = {.out = linear->dweight, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};
     ctx->ops->gemm(&weight);
-    if (recipe_rotates(recipe) && recipe->wt.source == SOURCE_SAVED) {
-        ctx->ops->unrotate(real_floatX(dinp), recipe->x_grad == GRAD_TRUST_MASK ? x->mask : NULL, dy.row_scale, BT, C);
+    int rotated = recipe_rotates(recipe) && recipe->wt.source == SOURCE_SAVED;
+    return (Owed){rotated, recipe->x_grad == GRAD_TRUST_MASK ? x->mask : NULL, dy.row_scale};
+}
+
+// the same with nothing owed
+static void linear_backward(const LinearContext* ctx, const Linear* linear, floatX* dinp, const floatX* dout,
+                            const QTensor* x, int BT) {
+    Owed owed = linear_backward_owed(ctx, linear, dinp, dout, x, BT);
+    if (owed.rotated) {
+        ctx->ops->unrotate(real_floatX(dinp), owed.mask, owed.row_scale, BT, linear->C);
     }
 }
 

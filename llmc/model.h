@@ -199,6 +199,20 @@ static StepControl model_read_control(const Model* model) {
 // ---------------------------------------------------------------------------------------------------------------------
 // backward: gradients of all parameters +=, after a model_forward with_grad of the same micro-batch
 
+// dresidual += gradient of the norm's input inp; dnorm owes `owed`
+static void model_norm_backward(Model* model, Owed owed, ParamKind norm, int l, const floatX* inp, const float* rstd) {
+    int BT = model->B * model->T, C = model->config.C;
+    RealArray dweight = model_grad(model, norm, l);
+    const floatX* weight = model_weight(model, norm, l);
+    if (owed.rotated) {
+        model->ops->unrotate_rmsnorm_backward(model->dresidual, dweight, model->dnorm, owed.mask, owed.row_scale,
+                                              model->dresidual, inp, weight, rstd, BT, C);
+    } else {
+        model->ops->rmsnorm_backward(model->dresidual, dweight, model->dnorm, model->dresidual, inp, weight, rstd, BT,
+                                     C);
+    }
+}
+
 static void model_backward_block(Model* model, int l) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
@@ -209,18 +223,21 @@ static void model_backward_block(Model* model, int l) {
     AttentionShape shape = attention_shape(model, model->B, model->T);
 
     model_rebuild_block(model, l);
-    linear_backward(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
-    ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
-    linear_backward(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
-    ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM2, l), model->dnorm, model->dresidual, b->mid,
-                          model_weight(model, P_NORM2, l), b->rstd2, BT, m->C);
+    Owed owed = linear_backward_owed(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
+    if (owed.rotated) {
+        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up, BT, m->F);
+    } else {
+        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
+    }
+    owed =
+        linear_backward_owed(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
+    model_norm_backward(model, owed, P_NORM2, l, b->mid, b->rstd2);
 
     linear_backward(ctx, &linears[LINEAR_O], model->datt, model->dresidual, &b->x[LINEAR_O], BT);
     ops->attention_backward(model->dqkv, model->datt, b->att, b->qkv, b->lse, shape);
     ops->rope(model->dqkv, model->rope_table, shape, 0, 1);
-    linear_backward(ctx, &linears[LINEAR_QKV], model->dnorm, model->dqkv, &b->x[LINEAR_QKV], BT);
-    ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM1, l), model->dnorm, model->dresidual, b->inp,
-                          model_weight(model, P_NORM1, l), b->rstd1, BT, m->C);
+    owed = linear_backward_owed(ctx, &linears[LINEAR_QKV], model->dnorm, model->dqkv, &b->x[LINEAR_QKV], BT);
+    model_norm_backward(model, owed, P_NORM1, l, b->inp, b->rstd1);
 }
 
 static void model_backward(Model* model) {

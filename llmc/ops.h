@@ -177,6 +177,21 @@ typedef struct Ops {
     // mask and row_scale may be NULL; row_scale (rows): powers of two that x's rows owe
     void (*unrotate)(RealArray x, const uint32_t* mask, const float* row_scale, int rows, int cols);
 
+    // Passes that take their neighbour along. Each equals the operations it is named after, bit for bit; `scratch` is
+    // where those store what lies between, and may stay as it was.
+    // args->out = quantize(swiglu_forward(gate_up (BT, 2F))); args->tensor is not read
+    void (*swiglu_quantize)(const QuantizeArgs* args, floatX* scratch, const floatX* gate_up, int BT, int F);
+    // args->out = quantize(add_rmsnorm_forward(a, b)), or of rmsnorm_forward(a) where b is NULL; sum, rstd as there
+    void (*rmsnorm_quantize)(const QuantizeArgs* args, floatX* scratch, floatX* sum, float* rstd, const floatX* a,
+                             const floatX* b, const floatX* weight, int BT, int C, float eps);
+    // swiglu_backward with dout = unrotate(dact (BT, F), mask, row_scale); dact may be overwritten
+    void (*unrotate_swiglu_backward)(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
+                                     const floatX* inp, int BT, int F);
+    // rmsnorm_backward with dout = unrotate(dnorm (BT, C), mask, row_scale); dnorm may be overwritten
+    void (*unrotate_rmsnorm_backward)(floatX* dinp, RealArray dweight, floatX* dnorm, const uint32_t* mask,
+                                      const float* row_scale, const floatX* dresidual, const floatX* inp,
+                                      const floatX* weight, const float* rstd, int BT, int C);
+
     // sums, deterministic: the order does not depend on the number of threads. *sum += the losses; *sum = the squares
     // of x
     void (*loss_sum)(double* sum, const float* losses, int n);

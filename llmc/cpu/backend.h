@@ -80,6 +80,41 @@ static void cpu_describe(char* buffer, size_t bytes) {
     snprintf(buffer, bytes, "%d threads, BLAS %s", cpu_threads(), CPU_BLAS_NAME);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// the compositions
+
+static void cpu_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, const floatX* gate_up, int BT, int F) {
+    QuantizeArgs of_scratch = *args;
+    of_scratch.tensor = scratch;
+    cpu_swiglu_forward(scratch, gate_up, BT, F);
+    cpu_quantize(&of_scratch);
+}
+
+static void cpu_rmsnorm_quantize(const QuantizeArgs* args, floatX* scratch, floatX* sum, float* rstd, const floatX* a,
+                                 const floatX* b, const floatX* weight, int BT, int C, float eps) {
+    QuantizeArgs of_scratch = *args;
+    of_scratch.tensor = scratch;
+    if (b) {
+        cpu_add_rmsnorm_forward(sum, scratch, rstd, a, b, weight, BT, C, eps);
+    } else {
+        cpu_rmsnorm_forward(scratch, rstd, a, weight, BT, C, eps);
+    }
+    cpu_quantize(&of_scratch);
+}
+
+static void cpu_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
+                                         const floatX* inp, int BT, int F) {
+    cpu_unrotate(real_floatX(dact), mask, row_scale, BT, F);
+    cpu_swiglu_backward(dinp, dact, inp, BT, F);
+}
+
+static void cpu_unrotate_rmsnorm_backward(floatX* dinp, RealArray dweight, floatX* dnorm, const uint32_t* mask,
+                                          const float* row_scale, const floatX* dresidual, const floatX* inp,
+                                          const floatX* weight, const float* rstd, int BT, int C) {
+    cpu_unrotate(real_floatX(dnorm), mask, row_scale, BT, C);
+    cpu_rmsnorm_backward(dinp, dweight, dnorm, dresidual, inp, weight, rstd, BT, C);
+}
+
 static const Ops CPU_OPS = {
     .name = "cpu",
     .alloc = cpu_alloc,
@@ -121,6 +156,10 @@ static const Ops CPU_OPS = {
     .carrier = cpu_carrier,
     .carrier_begin = cpu_carrier_begin,
     .unrotate = cpu_unrotate,
+    .swiglu_quantize = cpu_swiglu_quantize,
+    .rmsnorm_quantize = cpu_rmsnorm_quantize,
+    .unrotate_swiglu_backward = cpu_unrotate_swiglu_backward,
+    .unrotate_rmsnorm_backward = cpu_unrotate_rmsnorm_backward,
     .loss_sum = cpu_loss_sum,
     .sum_squares = cpu_sum_squares,
     .step_decide = cpu_step_decide,
