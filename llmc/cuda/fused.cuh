@@ -134,7 +134,7 @@ __device__ __forceinline__ Vector swiglu_narrow(const Vector& gate, const Vector
         float d = add_rn(1.0f, e);
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
         float q = mul_rn(g, r);
-        act[i] = mul_rn(fma_rn(fma_rn(-d, q, g), r, q), reals_get(up, i));
+        act[i] = mul_rn(fma_rn(-fma_rn(d, q, -g), r, q), reals_get(up, i));  // so that -0 stays -0
     }
     return reals_of<VEC, floatX>(act);
 }
