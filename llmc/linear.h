@@ -77,12 +77,16 @@ static size_t linear_weight_bytes(const LinearContext* ctx, const Recipe* recipe
            (size_t)round_up((int64_t)carrier_bytes(ctx, recipe, OPERAND_W, OC, C), 256);
 }
 
+// on the device, or NULL where there are none
+static CarrierBase* linear_base(const LinearContext* ctx, const Linear* linear, OperandId id) {
+    return ctx->bases ? &ctx->bases[(linear->layer * LINEAR_KINDS + linear->kind) * OPERANDS + id] : NULL;
+}
+
 // where an operand's parts lie: codes, scales and mask over `kept` (or nowhere, where NULL), the carrier's elements
 // over `scratch`
 static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, const Linear* linear,
                                      const QuantSpec* spec, int rows, int cols, void* kept, void* scratch) {
-    CarrierBase* base =
-        ctx->bases ? &ctx->bases[(linear->layer * LINEAR_KINDS + linear->kind) * OPERANDS + id] : NULL;
+    CarrierBase* base = linear_base(ctx, linear, id);
     if (!ctx->carrier || spec->format != FORMAT_MXFP4) {
         QTensor plain = qtensor_at(spec, rows, cols, kept ? kept : scratch);
         plain.base = spec->format == FORMAT_MXFP4 ? NULL : base;
@@ -123,7 +127,8 @@ static QuantizeArgs linear_operand_args(const LinearContext* ctx, OperandId id, 
                           .round_stream = rand_stream(RAND_ROUND, (uint64_t)linear->layer, 0, 0),
                           .round_index = (kind * 8 + (uint64_t)id) << 56,
                           .position = ctx->position,
-                          .stats = NULL};
+                          .stats = NULL,
+                          .row_under = NULL};
 }
 
 // The operand (rows, cols) as the recipe's spec makes it of tensor, or of saved where the spec says so. transposed: the
@@ -138,6 +143,7 @@ static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Line
     QTensor out;
     QuantizeArgs args = linear_operand_args(ctx, id, linear, &out, kept, scratch, rows, cols);
     args.tensor = tensor, args.saved = saved, args.transposed = transposed, args.stats = stats;
+    args.row_under = out.row_scale && ctx->telemetry ? &linear_base(ctx, linear, id)->under : NULL;
     ctx->ops->quantize(&args);
     return out;
 }

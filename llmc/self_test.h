@@ -36,7 +36,8 @@ static int self_test_case(const Ops* ops, const SelfTestCase* test, const floatX
                          .sign_index = 1ull << 56,
                          .round_stream = rand_stream(RAND_ROUND, 1, 2, 3),
                          .round_index = 2ull << 56, .position = NULL,
-                         .stats = NULL};
+                         .stats = NULL,
+                         .row_under = NULL};
     ops->quantize(&args);
     ops->copy_to_host(host, device, bytes);
     Xxh64 hash = xxh64_begin(0);
@@ -90,7 +91,8 @@ static int self_test_gemm(const Ops* ops, const QuantSpec* spec, OperandId a_id,
                              .round_stream = 0,
                              .round_index = 0,
                              .position = NULL,
-                             .stats = NULL};
+                             .stats = NULL,
+                         .row_under = NULL};
         ops->quantize(&args);
         ops->copy_to_host(host[i], device[i], bytes);
     }

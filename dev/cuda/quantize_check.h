@@ -135,7 +135,8 @@ static QuantizeArgs case_args(const Case* c, Rounding rounding, QTensor* out, co
                         .transposed = c->transposed, .seed = 0x123456789abcull,
                         .sign_stream = (uint64_t)RAND_SIGNS << 60 | (uint64_t)7 << 48, .sign_index = 5ull << 56,
                         .round_stream = (uint64_t)RAND_ROUND << 60 | (uint64_t)7 << 48, .round_index = 9ull << 56,
-                        .position = position, .stats = NULL};
+                        .position = position, .stats = NULL,
+                         .row_under = NULL};
 }
 
 static QTensor operand_new(int rows, int cols) {
@@ -469,7 +470,9 @@ static void check_bytes(Bench* b, const Case* c, const QuantizeArgs* args, const
         carrier_bases_advance(b->d_base, 1, &carrier);
         cuda_check(cudaMemsetAsync(b->d_operand, 0xaa, count, gpu.stream));
         cuda_check(cudaMemsetAsync(b->d_row_scale, 0xaa, 65536, gpu.stream));
-        quantize(args);
+        QuantizeArgs counting = *args;
+        counting.row_under = c->row_base ? &b->d_base->under : NULL;
+        quantize(&counting);
         fetch(b->operand, b->d_operand, count);
         fetch(b->row_scale, b->d_row_scale, sizeof(float) * (size_t)b->want.rows);
         fetch(&base, b->d_base, sizeof base);
@@ -478,6 +481,8 @@ static void check_bytes(Bench* b, const Case* c, const QuantizeArgs* args, const
         if (c->row_base) {
             wrong = differing(b->expected.row_scale, b->row_scale, sizeof(float) * (size_t)b->want.rows);
             report(wrong == 0, "%s: %lld bytes of the row scales differ", name, (long long)wrong);
+            report(base.under == want->under, "%s: %d groups under their row's window instead of %d", name, base.under,
+                   want->under);
         } else {
             int times = use == 4 ? 2 : 1;  // the last use found the base of the one before
             report(base.scale == want->scale && base.largest == want->largest && base.under == times * want->under &&

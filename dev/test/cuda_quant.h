@@ -276,6 +276,10 @@ static void cuda_test_operand(const OperandCase* c, Draw draw) {
              c->rows, c->cols, DRAW_NAMES[draw], gpu.carrier->name);
     LinearContext ctx = quant_context_gpu(c->rounding);
     Linear linear = quant_linear();
+    int by_row = gpu.carrier->row_base[c->id];
+    if (by_row) {  // whose groups under the window are counted for telemetry only
+        ctx.telemetry = (LinearTelemetry*)CUDA_OPS.alloc(sizeof(LinearTelemetry), "test");
+    }
     const CarrierBase wrong = {0.0f, 0, 60, 0};
     CarrierBase *base = ctx.bases + (linear.layer * LINEAR_KINDS + linear.kind) * OPERANDS + c->id, got;
     OperandSource source = operand_upload(c);
@@ -292,7 +296,6 @@ static void cuda_test_operand(const OperandCase* c, Draw draw) {
         }
     }
     output_same(&kept, c->memory, what);
-    int by_row = gpu.carrier->row_base[c->id];
     CarrierWant want = carrier_want(c);
     carrier_expect(&want, &carried, 0, by_row ? c->rows : 0, what);
     // a group of zeros has no sign where nobody keeps its codes
@@ -302,6 +305,12 @@ static void cuda_test_operand(const OperandCase* c, Draw draw) {
         expect(got.scale == want.base.scale && got.largest == want.base.largest && got.under == 3 * want.base.under,
                "%s: scale %g, largest %d, under %d in 3 uses instead of %g, %d, %d", what, (double)got.scale,
                got.largest, got.under, (double)want.base.scale, want.base.largest, 3 * want.base.under);
+    } else if (by_row) {
+        CUDA_OPS.copy_to_host(&got, base, sizeof got);
+        expect(got.under == 3 * want.base.under, "%s: %d groups under their rows' windows in 3 uses instead of %d", what,
+               got.under, 3 * want.base.under);
+        CUDA_OPS.release(ctx.telemetry);
+        ctx.telemetry = NULL;
     }
     if (operand_spec(c->id)->rotation == ROTATE_SIGNED && draw == DRAW_NORMAL) {  // planted: another position
         const uint64_t elsewhere = QUANT_POSITION + 1;

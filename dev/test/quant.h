@@ -115,7 +115,8 @@ static QTensor quantize_op(const QuantSpec* spec, int rows, int cols, const floa
     QTensor out = test_qtensor(spec, rows, cols);
     QuantizeArgs args = {.out = &out, .spec = *spec, .tensor = x, .saved = NULL, .transposed = transposed, .seed = seed,
                          .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .position = NULL,
-                         .stats = NULL};
+                         .stats = NULL,
+                         .row_under = NULL};
     CPU_OPS.quantize(&args);
     return out;
 }
@@ -375,7 +376,8 @@ static void test_quant_orientations(const QuantSpec* spec, const char* what) {
         few.rows = counts[i];
         QuantizeArgs args = {.out = &few, .spec = *spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 11,
                              .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .position = NULL,
-                             .stats = NULL};
+                             .stats = NULL,
+                         .row_under = NULL};
         CPU_OPS.quantize(&args);
         expect(qtensor_first_difference(&plain, &few, counts[i]) == -1, "%s: %d rows differ from the same rows of %d",
                what, counts[i], rows);
@@ -400,7 +402,8 @@ static void test_quant_saved(const QuantSpec* spec, const char* what) {
     QTensor from_tensor = quantize_op(spec, cols, rows, x, 1, 21), from_saved = test_qtensor(spec, cols, rows);
     QuantizeArgs args = {.out = &from_saved, .spec = *spec, .tensor = NULL, .saved = &saved, .transposed = 1,
                          .seed = 21, .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99,
-                         .round_index = 9ull << 56, .position = NULL, .stats = NULL};
+                         .round_index = 9ull << 56, .position = NULL, .stats = NULL,
+                         .row_under = NULL};
     args.spec.source = SOURCE_SAVED;
     CPU_OPS.quantize(&args);
     expect_same_operand(&from_tensor, &from_saved, "%s: the saved operand gives another one than its values", what);
@@ -536,7 +539,8 @@ static void test_quant_stats(QuantSpec spec, int rows, int cols, const char* wha
     QuantStats got = {1.0, 2.0, 3.0, 4.0, 5.0};  // added to
     QuantizeArgs args = {.out = &q, .spec = spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 2,
                          .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .position = NULL,
-                         .stats = &got};
+                         .stats = &got,
+                         .row_under = NULL};
     CPU_OPS.quantize(&args);
     double error_sq = 1.0, input_sq = 2.0, clipped = 3.0, zero = 4.0, slack = 0.0, input_slack = 0.0;
     uint32_t signs[16];

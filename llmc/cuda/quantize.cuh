@@ -93,6 +93,12 @@ __device__ __forceinline__ int row_exponent(const GroupTops* tops, uint32_t scal
 __device__ __forceinline__ void row_store(const QuantizeJob& job, const GroupTops* tops, RowPiece piece,
                                           uint32_t scale, int base, uint4* stage) {
     uint32_t bytes[GROUP / 4];
+    if (job.row_under && (int)threadIdx.x < piece.count) {
+        int exponent = row_exponent(tops, scale);
+        if (exponent != CARRIER_NONE && exponent - base < carrier_bottom(job.carrier)) {
+            atomicAdd(job.row_under, 1);
+        }
+    }
     uint32_t first = piece.first + threadIdx.x / WARP_LANES * WARP_LANES;
     tops_carry(bytes, tops, scale, base, job.carrier);
     stage_write<2>((uint8_t*)job.operand + (size_t)first * GROUP, bytes, piece_valid(piece) * 2, stage);
@@ -341,7 +347,8 @@ template <int STAGES> static void quantize_launch(const QuantizeArgs* args, int 
                        .saved_codes = from_saved ? saved->codes : NULL,
                        .saved_scales = from_saved ? saved->scales : NULL, .codes = out->codes, .scales = out->scales,
                        .mask = out->mask, .operand = out->operand, .base = fp8 ? out->base : NULL,
-                       .row_scale = fp8 ? out->row_scale : NULL, .seed = args->seed, .sign_stream = args->sign_stream,
+                       .row_scale = fp8 ? out->row_scale : NULL,
+                       .row_under = args->row_under, .seed = args->seed, .sign_stream = args->sign_stream,
                        .sign_index = args->sign_index, .round_stream = args->round_stream,
                        .round_index = args->round_index, .position = args->position, .owed = out->owed,
                        .stats = args->stats, .keys = philox_keys(args->seed)};

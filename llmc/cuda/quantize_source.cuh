@@ -25,6 +25,7 @@ typedef struct {
     void* operand;
     CarrierBase* base;
     float* row_scale;
+    int32_t* row_under;              // with row_scale, or NULL
     uint64_t seed, sign_stream, sign_index, round_stream, round_index;
     const uint64_t* position;
     float owed;
