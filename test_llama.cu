@@ -11,6 +11,7 @@
 
 #include "dev/test/harness.h"
 
+#include "dev/test/bench.h"
 #include "dev/test/cuda_fp8.h"
 #include "dev/test/cuda_quant_model.h"
 #include "dev/test/data.h"
@@ -44,6 +45,7 @@ static const Section SECTIONS[] = {
     {"ops", test_ops, "every operation against f64"},
     {"update", test_update, "sums, skip, AdamW"},
     {"memory", test_memory, "narrow state, recomputation, what fits"},
+    {"bench", test_bench, "--bench: rows of linear layers are what a step runs"},
     {"gradient", test_gradient, "whole-model gradients by finite differences (FP32 build)"},
     {"llama", test_llama_golden, "ten training steps of the PyTorch reference (FP32 build)"},
     {"options", test_options, "options, presets"},

@@ -4,6 +4,7 @@
 #include "gradient.h"
 #include "harness.h"
 #include "run.h"
+#include "update.h"
 
 // of the 65536 random numbers as many round away from zero as x lies above its lower neighbour
 static void test_stochastic_bf16(void) {
