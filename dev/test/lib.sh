@@ -8,7 +8,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 TRAIN=$(realpath -m "${TRAIN:-$ROOT/train_llama}")
 export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C
 export OMP_WAIT_POLICY=passive       # tests share their cores with other work: idle threads should not spin
-unset OMPI_COMM_WORLD_SIZE PMI_SIZE SLURM_STEP_NUM_TASKS
+unset OMPI_COMM_WORLD_SIZE PMI_SIZE PMI_RANK PMIX_RANK SLURM_STEP_NUM_TASKS
 WORK=$(mktemp -d)
 background=()                        # ids of processes that must not outlive the test
 cleanup() {
