@@ -520,10 +520,9 @@ static int run_training(Trainer* t, const Ops* ops) {
 // collectives of the device; who computes where
 static void start_ranks(Trainer* t, const Ops* ops) {
     Comm* comm = &t->run.comm;
-    (void)ops;
 #ifdef USE_MPI
     if (comm->size > 1) {
-        comm->ops = &MPI_OPS;
+        comm->ops = backend_collectives(ops, comm, &t->run.config, run_wire_elements(&t->run));
     }
 #endif
     ranks_print(comm, ops);

@@ -8,6 +8,9 @@
 #ifdef USE_CUDA
 #include "cuda/backend.cuh"
 #endif
+#ifdef USE_NCCL
+#include "cuda/comm.cuh"
+#endif
 
 // what --device auto chose and why, for the header
 static const char* backend_note = "";
@@ -80,3 +83,20 @@ static const Ops* backend_init(const Config* config, const Recipe* recipe, const
     }
     return cpu_backend();
 }
+
+#ifdef USE_MPI
+// the collectives of several ranks on that device; wire_elements as in nccl_start
+static const CommOps* backend_collectives(const Ops* ops, const Comm* comm, const Config* config,
+                                          size_t wire_elements) {
+    (void)comm, (void)config, (void)wire_elements;
+    if (ops->shares_memory) {
+        return &MPI_OPS;
+    }
+#ifdef USE_NCCL
+    return nccl_start(comm, config->nccl_timeout, wire_elements);
+#else
+    die(EXIT_NO_DEVICE, "%d GPUs need NCCL, which this binary was built without; install it and run make again, or "
+        "start one process", comm->size);
+#endif
+}
+#endif

@@ -8,10 +8,10 @@
 // So any number of ranks reads what any other number wrote, each rank the ranges that it needs.
 //
 // Written (by checkpoint_save.h) into step_00001000.tmp: every file is fsynced, then the folder, then it is renamed,
-// then OUT is fsynced. So a folder without .tmp is whole, whenever the machine stopped. Loading still verifies sizes and
-// checksums (state.json guards itself by a checksum of its own text): a damaged checkpoint is named and the next older
-// one is taken. A committed step is never overwritten. All else is a function of the step: data position, learning rate,
-// random numbers.
+// then OUT is fsynced. So a folder without .tmp is whole, whenever the machine stopped. Loading still verifies sizes
+// and checksums (state.json guards itself by a checksum of its own text): a damaged checkpoint is named and the next
+// older one is taken. A committed step is never overwritten. All else is a function of the step: data position,
+// learning rate, random numbers.
 #pragma once
 #include "comm.h"
 #include "config.h"

@@ -155,6 +155,18 @@ static void run_resolve(Run* run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // what fits: micro-batch and recomputation
 
+// largest number of gradients that travel at once in a narrower type than they lie in; 0: they do not
+static size_t run_wire_elements(const Run* run) {
+    size_t most = 0;
+    ParamTable table = param_table(&run->model_config);
+    for (int segment = 0; segment < segment_count(&run->model_config); segment++) {
+        most = max_size(most, segment_range(&run->model_config, &table, segment).count);
+    }
+    free(table.list);
+    int narrow = !strcmp(run->config.reduce_dtype, "bf16") && run->training.grad_type == REAL_F32;
+    return narrow && run->comm.size > 1 ? most : 0;
+}
+
 // bytes on the device that the run allocates
 static size_t run_memory(const Run* run, const Ops* ops, int B, TrainingMemory training) {
     Model model;

@@ -174,10 +174,10 @@ static int watch_connect_to(uint32_t ip, const WatchAddress* address, int rank) 
 
 static void watch_connect(const WatchAddress* address, const Comm* comm) {
     int same_host = !strcmp(address->host, comm->host), fd = -1;
-    for (int pass = 0; pass < 2 && fd < 0; pass++) {  // loopback first on the same host, and nowhere else
+    for (int pass = 0; pass < 2 && fd < 0; pass++) {  // loopback first on the same host, last on another
         for (int i = 0; i < address->count && fd < 0; i++) {
             int loopback = (ntohl(address->list[i]) >> 24) == 127;
-            if (loopback ? same_host && pass == 0 : pass == 1) {
+            if (pass != (loopback == same_host)) {
                 fd = watch_connect_to(address->list[i], address, comm->rank);
             }
         }
@@ -250,6 +250,7 @@ static void watch_receive(int peer, double* deadline) {
     case WATCH_LOST: watch_exit(EXIT_UNEXPECTED, 0.3);
     case WATCH_REPORTED: watch.reported[peer] = 1; break;
     case WATCH_HANG:
+        watch.reported[peer] = 1;
         if (*deadline == 0) {
             watch_send_all(watch.comm->rank == 0 ? WATCH_HANG : WATCH_REPORTED, 0);
             watch_report();
