@@ -26,6 +26,7 @@
 #include "dev/test/quant.h"
 #include "dev/test/run.h"
 #include "dev/test/safetensors.h"
+#include "dev/test/slices.h"
 #include "dev/test/tokenizer.h"
 #include "dev/test/update.h"
 
@@ -48,6 +49,7 @@ static const Section SECTIONS[] = {
     {"llama", test_llama_golden, "ten training steps of the PyTorch reference (FP32 build)"},
     {"options", test_options, "options, presets"},
     {"schedule", test_schedule, "learning rates"},
+    {"slices", test_slices, "who owns which part of the flat buffer"},
     {"checkpoint", test_checkpoint, "save, verify, damage"},
     {"generate", test_generate, "cached decoding, sampling"},
     {"cuda", test_cuda, "every operation on the GPU against the CPU"},

@@ -183,6 +183,7 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     watch_phase("the update");
     model->ops->snapshot_fence();
     issue(t, recorded, REPLAY_UPDATE, update);
+    watch_phase("waiting for the device to finish the step");
     model->weights_quantized = 0;
     StepControl result = model_read_control(model);
     if (observe) {

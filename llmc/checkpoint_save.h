@@ -325,7 +325,7 @@ static size_t saver_bytes(const Saver* saver, SavedKind kind) {
     const Model* model = saver->model;
     size_t owned = model->slices.elements, moment = real_bytes(model->m.type);
     size_t bytes[] = {saver->comm->rank == 0 ? model->table.elements * sizeof(floatX) : 0,
-                      model->master ? owned * sizeof(float) : 0, owned * moment, owned * moment};
+                      model->training.has_master ? owned * sizeof(float) : 0, owned * moment, owned * moment};
     return bytes[kind];
 }
 

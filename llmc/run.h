@@ -1,6 +1,6 @@
 // run.h: from options to a run: batch arithmetic, length, folders, the plan of memory, the choice of a checkpoint.
 #pragma once
-#include "checkpoint.h"
+#include "checkpoint_save.h"
 #include "comm.h"
 #include "data.h"
 #include "log.h"
@@ -442,6 +442,16 @@ static void run_print_plan(const Run* run, const Model* model, int threads) {
     size_t program = model->ops->program_bytes(threads);
     printf("  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n", "backend scratch", (double)scratch / MiB,
            "program and libraries", (double)program / MiB);
+    Saver saver = saver_open(&run->comm, run->out, model, &run->config, NULL, -1);
+    size_t wire = model->ops->shares_memory ? 0 : run_wire_elements(run) * sizeof(floatX);
+    size_t snapshot = strcmp(run->config.async_save, "off") ? saver_snapshot_bytes(&saver) : 0;
+    size_t on_device = model->ops->shares_memory ? snapshot : 0;
+    saver_close(&saver);
+    if (wire) {
+        printf("  %-32s %10.1f MiB\n", "gradients on their way", (double)wire / MiB);
+    }
+    printf("  %-32s %10.1f MiB%s\n", "checkpoint snapshot", (double)snapshot / MiB, on_device ? "" : " of the host");
+    total += wire + on_device;
     printf("  %-32s %10.1f MiB\n", "total", (double)(total + scratch + program) / MiB);
     size_t available = model->ops->available_bytes(), needed = total + scratch;
     if (available > 0) {
