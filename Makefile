@@ -32,7 +32,8 @@ MPI_LINK := $(if $(MPICC),$(shell $(MPICC) --showme:link 2>/dev/null || $(MPICC)
     pkg-config --libs ompi 2>/dev/null))
 comma := ,
 MPI_CFLAGS := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI_COMPILE)))
-MPI_LIBS := $(filter -L% -l%,$(MPI_LINK)) $(subst $(comma), -Xlinker ,$(subst -Wl$(comma),-Xlinker ,$(filter -Wl%,$(MPI_LINK))))
+MPI_LIBS := $(strip $(filter -L% -l%,$(MPI_LINK)) \
+    $(subst $(comma), -Xlinker ,$(subst -Wl$(comma),-Xlinker ,$(filter -Wl%,$(MPI_LINK)))))
 BLAS_LIBS := $(shell pkg-config --libs openblas 2>/dev/null)
 BLAS_CFLAGS := $(shell pkg-config --cflags openblas 2>/dev/null)
 ifeq ($(BLAS_LIBS),)

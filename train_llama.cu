@@ -224,9 +224,7 @@ static void save_report(Trainer* t, SaveResult result) {
         if (t->run.comm.rank == 0) {
             checkpoint_prune(t->run.out, t->run.config.keep);
         }
-        printf("saved      %s (%.1f s)\n", path, seconds);
-        fflush(stdout);
-        log_event(&t->log, "save", step, saver->state.tokens, "path", path, seconds);
+        log_save(&t->log, step, saver->state.tokens, path, seconds, saver->held);
     }
     free(path);
 }
@@ -235,11 +233,13 @@ static void save_report(Trainer* t, SaveResult result) {
 // the disk may be full for a while, training goes on.
 static int save(Trainer* t, int now) {
     watch_phase("saving");
+    double begin = clock_seconds();
     save_report(t, saver_wait(&t->saver));
     SaveResult result = saver_begin(&t->saver, &t->state);
     if (result == SAVE_NONE && (now || !saver_is_async(&t->saver))) {
         result = saver_wait(&t->saver);
     }
+    t->saver.held = clock_seconds() - begin;
     save_report(t, result);
     return result == SAVE_FAILED ? -1 : 0;
 }

@@ -41,7 +41,7 @@ typedef struct {
     pthread_t thread;
     int done;                          // the thread's last word
     int64_t written;                   // bytes, for who waits
-    double begin;                      // when it began
+    double begin, held;                // when it began; seconds that training stood still for it
     char error[512];
 } Saver;
 

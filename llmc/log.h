@@ -195,7 +195,19 @@ static void log_memory(Log* log, int64_t step, size_t bytes) {
     log_line_end(log);
 }
 
-// save, resume, end
+// a save that ended: seconds it took, and those that training stood still
+static void log_save(Log* log, int64_t step, int64_t tokens, const char* path, double seconds, double held) {
+    printf("saved      %s (%.1f s, training stood still for %.3f s)\n", path, seconds, held);
+    fflush(stdout);
+    fprintf(log->metrics, "{\"type\":\"save\",\"step\":%lld,\"tokens\":%lld,\"path\":", (long long)step,
+            (long long)tokens);
+    json_write_string(log->metrics, path);
+    log_number(log, "seconds", seconds, "%.3f");
+    log_number(log, "held_seconds", held, "%.6f");
+    log_line_end(log);
+}
+
+// resume, end
 static void log_event(Log* log, const char* type, int64_t step, int64_t tokens, const char* key, const char* text,
                       double seconds) {
     fprintf(log->metrics, "{\"type\":\"%s\",\"step\":%lld,\"tokens\":%lld,\"%s\":", type, (long long)step,
