@@ -11,6 +11,7 @@
 
 #include "dev/test/harness.h"
 
+#include "dev/test/comm.h"
 #include "dev/test/cuda_fp8.h"
 #include "dev/test/cuda_quant_model.h"
 #include "dev/test/data.h"
@@ -49,6 +50,7 @@ static const Section SECTIONS[] = {
     {"llama", test_llama_golden, "ten training steps of the PyTorch reference (FP32 build)"},
     {"options", test_options, "options, presets"},
     {"schedule", test_schedule, "learning rates"},
+    {"comm", test_comm, "collectives, under mpirun only"},
     {"slices", test_slices, "who owns which part of the flat buffer"},
     {"checkpoint", test_checkpoint, "save, verify, damage"},
     {"generate", test_generate, "cached decoding, sampling"},

@@ -10,6 +10,11 @@ MODEL=(--model tiny --layers 2 --channels 64 --heads 2 --ffn 128 --vocab-size 25
 SMALL+=("${MODEL[@]}" --batch-size 1)
 run=("${SMALL[@]}" --recipe bf16 --schedule constant --warmup-steps 0 --lr 2e-3 --steps 12)
 
+for n in 2 3 4; do
+    "${MPIRUN[@]}" -np $n "$(dirname "$TRAIN")/test_llama" comm >out.txt 2>err.txt; got=$?
+    check "$n ranks: collectives" test $got -eq 0 -a -n "$(grep -E '^[1-9][0-9]* passed, 0 failed' out.txt)"
+done
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the same run
 
