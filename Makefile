@@ -2,6 +2,7 @@
 # make test            every test that runs here; the last line is `N passed, N failed`
 # make bench           times of the operations and of a training step
 # Options: CUDA=0|1  PRECISION=BF16|FP32  SAN=1 (AddressSanitizer and UBSan, CPU)  ARCH=native|x86-64-v3|...  NVCC=path
+#          MPI=0 (one process, although mpicc is here)  NCCL_HOME=folder with include/nccl.h and lib/
 # Nothing is downloaded.
 
 PRECISION ?= BF16
@@ -22,7 +23,17 @@ ifeq ($(CUDA)$(NVCC),1)
   $(error CUDA=1, but no nvcc was found; set NVCC=/path/to/nvcc or CUDA=0)
 endif
 
-MPICC := $(shell command -v mpicc 2>/dev/null)
+# MPI: what mpicc would add. -Wl,... becomes -Xlinker, which nvcc and g++ both take.
+MPI ?= 1
+MPICC := $(if $(filter 1,$(MPI)),$(shell command -v mpicc 2>/dev/null))
+MPI_COMPILE := $(if $(MPICC),$(shell $(MPICC) --showme:compile 2>/dev/null || $(MPICC) -compile_info 2>/dev/null || \
+    pkg-config --cflags ompi 2>/dev/null))
+MPI_LINK := $(if $(MPICC),$(shell $(MPICC) --showme:link 2>/dev/null || $(MPICC) -link_info 2>/dev/null || \
+    pkg-config --libs ompi 2>/dev/null))
+comma := ,
+MPI_CFLAGS := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI_COMPILE)))
+MPI_LIBS := $(strip $(filter -L% -l%,$(MPI_LINK)) \
+    $(subst $(comma), -Xlinker ,$(subst -Wl$(comma),-Xlinker ,$(filter -Wl%,$(MPI_LINK)))))
 BLAS_LIBS := $(shell pkg-config --libs openblas 2>/dev/null)
 BLAS_CFLAGS := $(shell pkg-config --cflags openblas 2>/dev/null)
 ifeq ($(BLAS_LIBS),)
@@ -32,15 +43,19 @@ ifeq ($(BLAS_LIBS),)
 endif
 OPENMP := $(shell echo 'int main(){}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null && echo -fopenmp)
 CUDA_ROOT := $(if $(NVCC),$(patsubst %/bin/nvcc,%,$(realpath $(NVCC))))
-NCCL := $(firstword $(wildcard $(CUDA_ROOT)/include/nccl.h /usr/include/nccl.h))
+NCCL := $(firstword $(wildcard $(NCCL_HOME)/include/nccl.h $(CUDA_ROOT)/include/nccl.h /usr/include/nccl.h))
+NCCL_ROOT := $(patsubst %/include/nccl.h,%,$(NCCL))
 GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
 
 # --- flags --------------------------------------------------------------------------------------------------------------
 # No -ffast-math: it deletes NaN tests. No contraction of a*b+c: results are pinned to the bit.
 WARN := -Wall -Wextra -Wno-unused-function
 FLAGS := -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -march=$(ARCH) $(OPENMP) -pthread $(WARN)
-DEFS := $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) $(if $(BLAS_LIBS),-DUSE_BLAS $(BLAS_CFLAGS))
-LIBS := $(BLAS_LIBS) -lm
+DEFS := $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) $(if $(BLAS_LIBS),-DUSE_BLAS $(BLAS_CFLAGS)) \
+        $(if $(MPI_LIBS),-DUSE_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX $(MPI_CFLAGS))
+LIBS := $(BLAS_LIBS) $(MPI_LIBS) -lm
+# NCCL starts over MPI and serves GPUs
+USE_NCCL := $(if $(and $(filter 1,$(CUDA)),$(MPI_LIBS),$(NCCL)),1)
 ifeq ($(SAN),1)
   FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
            -ffp-contract=off -march=$(ARCH) $(OPENMP) -pthread $(WARN)
@@ -54,8 +69,8 @@ GENCODE := $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a))
 
 ifeq ($(CUDA),1)
   COMPILE = $(NVCC) -std=c++20 -O3 $(GENCODE) --threads 0 -x cu -DUSE_CUDA $(DEFS) \
-            -Xcompiler "$(FLAGS)" -diag-suppress 177
-  LINK = $(LIBS) -lcublasLt -lgomp
+            $(if $(USE_NCCL),-DUSE_NCCL -isystem $(NCCL_ROOT)/include) -Xcompiler "$(FLAGS)" -diag-suppress 177
+  LINK = $(LIBS) -lcublasLt -lgomp $(if $(USE_NCCL),-L$(NCCL_ROOT)/lib -Xlinker -rpath -Xlinker $(NCCL_ROOT)/lib -lnccl)
 else
   COMPILE = $(CXX) -x c++ -std=c++20 $(FLAGS) $(DEFS)
   LINK = -x none $(LIBS)
@@ -75,8 +90,8 @@ found:
 	@echo "GPU       $(if $(GPU),$(GPU),none visible)$(if $(filter 1,$(CUDA)),: compiling for sm_$(subst $() $(), sm_,$(CUDA_ARCHS)))"
 	@echo "BLAS      $(if $(BLAS_LIBS),$(BLAS_LIBS),missing: slow loops instead. apt-get install libopenblas-dev)"
 	@echo "OpenMP    $(if $(OPENMP),$(OPENMP),missing: one thread)"
-	@echo "MPI       $(if $(MPICC),$(MPICC),missing) (one process a run in this version: not linked)"
-	@echo "NCCL      $(if $(NCCL),$(NCCL),missing) (not linked in this version)"
+	@echo "MPI       $(if $(MPI_LIBS),$(MPICC),missing: one process a run. apt-get install libopenmpi-dev openmpi-bin)"
+	@echo "NCCL      $(if $(USE_NCCL),$(NCCL),$(if $(NCCL),$(NCCL) (not used: it needs CUDA=1 and MPI),missing: one GPU a run))"
 	@echo "building  PRECISION=$(PRECISION) CUDA=$(CUDA) SAN=$(SAN) in $(BUILD)"
 
 # recompile when the command line of the compiler changes
@@ -108,4 +123,4 @@ clean:
 	rm -rf build train_llama test_llama
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile

@@ -12,6 +12,7 @@
 #include "dev/test/harness.h"
 
 #include "dev/test/bench.h"
+#include "dev/test/comm.h"
 #include "dev/test/cuda_fp8.h"
 #include "dev/test/cuda_quant_model.h"
 #include "dev/test/data.h"
@@ -27,6 +28,7 @@
 #include "dev/test/quant.h"
 #include "dev/test/run.h"
 #include "dev/test/safetensors.h"
+#include "dev/test/slices.h"
 #include "dev/test/tokenizer.h"
 #include "dev/test/update.h"
 
@@ -50,6 +52,8 @@ static const Section SECTIONS[] = {
     {"llama", test_llama_golden, "ten training steps of the PyTorch reference (FP32 build)"},
     {"options", test_options, "options, presets"},
     {"schedule", test_schedule, "learning rates"},
+    {"comm", test_comm, "collectives, under mpirun only"},
+    {"slices", test_slices, "who owns which part of the flat buffer"},
     {"checkpoint", test_checkpoint, "save, verify, damage"},
     {"generate", test_generate, "cached decoding, sampling"},
     {"cuda", test_cuda, "every operation on the GPU against the CPU"},

@@ -1,8 +1,9 @@
 // train_llama.cu: pretrains a Llama whose linear layers run forward and backward in FP4. The story, from main down:
 //
-//   options -> model shape -> backend -> data -> checkpoint or fresh weights -> loop
-//   step: for each micro-batch { data -> forward -> backward };  norm, clip, finite? -> AdamW -> log;  every N:
-//   validate, sample, save
+//   ranks -> options -> model shape -> backend -> data -> checkpoint or fresh weights -> loop
+//   step: for each micro-batch { data -> forward -> backward };  sum over ranks -> norm, clip, finite? -> AdamW -> log;
+//   every N: validate, sample, save
+// All ranks run all of it; what is printed and logged is rank 0's.
 //
 // Read next: llmc/ops.h (every operation), llmc/recipe.h and llmc/linear.h (what FP4 training is), llmc/model.h.
 #include "llmc/common.h"
@@ -14,19 +15,22 @@
 #include "llmc/quant.h"
 #include "llmc/ops.h"
 #include "llmc/recipe.h"
+#include "llmc/comm.h"
 #include "llmc/backend.h"
 #include "llmc/linear.h"
 #include "llmc/model.h"
 #include "llmc/data.h"
 #include "llmc/schedule.h"
-#include "llmc/comm.h"
+#include "llmc/watch.h"
 #include "llmc/optimizer.h"
 #include "llmc/safetensors.h"
 #include "llmc/tokenizer.h"
 #include "llmc/checkpoint.h"
+#include "llmc/checkpoint_save.h"
 #include "llmc/log.h"
 #include "llmc/generate.h"
 #include "llmc/run.h"
+#include "llmc/ranks.h"
 #include "llmc/sample.h"
 #include "llmc/self_test.h"
 #include "llmc/bench.h"
@@ -67,6 +71,7 @@ typedef struct {
     int has_val;
     RunState state;
     Log log;
+    Saver saver;
     LinearTelemetry telemetry;  // of the step in progress
     int32_t *inputs, *targets;  // a step's micro-batches on the host, one behind the other
 } Trainer;
@@ -75,10 +80,12 @@ static const Dataset* sample_data(const Trainer* t) { return t->has_val ? &t->va
 
 // mean loss over the same evenly spaced validation samples each time, in nats per token
 static double validate(Trainer* t) {
+    const Comm* comm = &t->run.comm;
     int64_t B = t->run.B, rows = min_i64(t->run.config.val_batches * B, max_i64(B, t->val.samples / B * B));
     model_begin_step(&t->model, 0.0, 0.0, 0.0, 0);
-    for (int64_t row = 0; row < rows; row += B) {
-        int64_t slot = row / B % t->run.accumulation;
+    for (int64_t row = comm->rank * B; row < rows; row += B * comm->size) {
+        int64_t slot = row / B / comm->size % t->run.accumulation;
+        watch_phase("validation");
         if (slot == 0) {
             t->model.ops->synchronize();  // the device may still be reading the batch that stands there
         }
@@ -86,13 +93,13 @@ static double validate(Trainer* t) {
         data_read_even(&t->val, inputs, targets, row, (int)B, rows);
         model_forward(&t->model, inputs, targets, 0.0f, 0);
     }
-    return model_read_control(&t->model).loss_sum / ((double)rows * t->run.T);
+    return comm_sum_of(comm, model_read_control(&t->model).loss_sum) / ((double)rows * t->run.T);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // one step
 
-enum { REPLAY_WEIGHTS, REPLAY_MICRO_BATCH, REPLAY_UPDATE };
+enum { REPLAY_WEIGHTS, REPLAY_MICRO_BATCH, REPLAY_LAST_MICRO_BATCH, REPLAY_UPDATE };
 
 static void quantize_weights(void* argument) {
     Trainer* t = (Trainer*)argument;
@@ -106,11 +113,38 @@ static void micro_batch(void* argument) {
     model_backward(&t->model);
 }
 
+static void segment_ready(void* argument, int segment) {
+    Trainer* t = (Trainer*)argument;
+    optimizer_reduce_segment(&t->model, &t->run.comm, &t->run.config, segment);
+}
+
+// of a step: gradients leave for the other ranks while backward goes on
+static void last_micro_batch(void* argument) {
+    Trainer* t = (Trainer*)argument;
+    t->model.segment_ready = segment_ready;
+    t->model.ready_argument = t;
+    micro_batch(t);
+    t->model.segment_ready = NULL;
+    if (t->run.comm.size > 1) {
+        t->run.comm.ops->wait();
+    }
+}
+
 static void update(void* argument) {
     Trainer* t = (Trainer*)argument;
-    model_finish_gradients(&t->model);
-    comm_sum(&t->run.comm, &t->model.control->loss_sum);
     optimizer_step(&t->model, &t->run.comm, &t->run.config);
+}
+
+// --plant: faults to test with
+static void plant_faults(Trainer* t) {
+    float nan_value = NAN;
+    if (ranks_planted(&t->run.comm, &t->run.config, "nan", t->state.step)) {
+        t->model.ops->copy_to_device(t->model.grads.data, &nan_value, sizeof nan_value);
+    }
+    while (ranks_planted(&t->run.comm, &t->run.config, "hang", t->state.step)) {
+        watch.phase = "a planted hang";
+        pause();
+    }
 }
 
 // on the device, at once or as recorded before
@@ -133,16 +167,23 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     double lr = schedule_lr(config, step);
     model_begin_step(model, lr, config->beta1, config->beta2, step + 1);
     model_zero_gradients(model);
+    plant_faults(t);
     int recorded = !observe && strcmp(config->graphs, "off");
     issue(t, recorded, REPLAY_WEIGHTS, quantize_weights);
     model->weights_quantized = 1;
     for (int64_t a = 0; a < t->run.accumulation; a++) {
         int32_t *inputs = t->inputs + a * t->run.B * t->run.T, *targets = t->targets + a * t->run.B * t->run.T;
+        int last = a + 1 == t->run.accumulation;
+        watch_phase("waiting for data");
         loader_next(loader, inputs, targets);
         model_load_batch(model, inputs, targets, step, a * t->run.comm.size + t->run.comm.rank);
-        issue(t, recorded, REPLAY_MICRO_BATCH, micro_batch);
+        watch_phase(last ? "the last micro-batch and the sum of gradients over ranks" : "a micro-batch");
+        issue(t, recorded, last ? REPLAY_LAST_MICRO_BATCH : REPLAY_MICRO_BATCH, last ? last_micro_batch : micro_batch);
     }
+    watch_phase("the update");
+    model->ops->snapshot_fence();
     issue(t, recorded, REPLAY_UPDATE, update);
+    watch_phase("waiting for the device to finish the step");
     model->weights_quantized = 0;
     StepControl result = model_read_control(model);
     if (observe) {
@@ -151,7 +192,8 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     double loss = result.loss_sum / (double)config->batch_tokens;
     t->state.step++;
     t->state.tokens += config->batch_tokens;
-    double seconds = clock_seconds() - begin, peak = model->ops->peak_flops();
+    double seconds = clock_seconds() - begin, peak = model->ops->peak_flops() * t->run.comm.size;
+    watch_step(t->state.step, seconds);
     double mfu = peak > 0 ? model_flops_per_token(model) * (double)config->batch_tokens / seconds / peak : 0.0;
     return (StepRecord){.step = t->state.step,
                         .steps = config->steps,
@@ -166,25 +208,40 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
                         .telemetry = observe ? &t->telemetry : NULL};
 }
 
-// 0, or -1 after a message: the disk may be full for a while, training goes on
-static int save(Trainer* t) {
-    char error[1024];
-    double begin = clock_seconds();
-    int separator = t->run.tokenizer ? tokenizer_separator(t->run.tokenizer) : -1;
-    int failed = checkpoint_save(t->run.out, &t->model, &t->run.config, &t->state, t->run.tokenizer_path, separator,
-                                 error, sizeof error);
-    char* path = checkpoint_path(t->run.out, t->state.step, "");
-    if (failed) {
+// a save that ended: says how
+static void save_report(Trainer* t, SaveResult result) {
+    Saver* saver = &t->saver;
+    int64_t step = saver->state.step;
+    if (result == SAVE_NONE) {
+        return;
+    }
+    char* path = checkpoint_path(t->run.out, step, "");
+    double seconds = clock_seconds() - saver->begin;
+    if (result == SAVE_FAILED && t->run.comm.rank == 0) {
         fprintf(stderr, "train_llama: checkpoint of step %lld not saved: %s; earlier checkpoints stand\n",
-                (long long)t->state.step, error);
-    } else {
-        checkpoint_prune(t->run.out, t->run.config.keep);
-        printf("saved      %s (%.1f s)\n", path, clock_seconds() - begin);
-        fflush(stdout);
-        log_event(&t->log, "save", t->state.step, t->state.tokens, "path", path, clock_seconds() - begin);
+                (long long)step, saver->error);
+    } else if (result == SAVE_DONE) {
+        if (t->run.comm.rank == 0) {
+            checkpoint_prune(t->run.out, t->run.config.keep);
+        }
+        log_save(&t->log, step, saver->state.tokens, path, seconds, saver->held);
     }
     free(path);
-    return failed;
+}
+
+// Begin to save, after the save before; where `now` or without a snapshot, until it is done. 0, or -1 after a message:
+// the disk may be full for a while, training goes on.
+static int save(Trainer* t, int now) {
+    watch_phase("saving");
+    double begin = clock_seconds();
+    save_report(t, saver_wait(&t->saver));
+    SaveResult result = saver_begin(&t->saver, &t->state);
+    if (result == SAVE_NONE && (now || !saver_is_async(&t->saver))) {
+        result = saver_wait(&t->saver);
+    }
+    t->saver.held = clock_seconds() - begin;
+    save_report(t, result);
+    return result == SAVE_FAILED ? -1 : 0;
 }
 
 static int due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
@@ -211,7 +268,13 @@ static int train(Trainer* t) {
         }
         int64_t step = t->state.step;
         int last = step == config->steps;
-        int stop = stop_requested || (config->max_minutes > 0 && clock_seconds() - begin >= 60 * config->max_minutes);
+        int64_t agreed[] = {stop_requested || (config->max_minutes > 0 &&
+                                               clock_seconds() - begin >= 60 * config->max_minutes),
+                            saver_is_busy(&t->saver)};
+        watch_phase("waiting for all ranks at the end of a step");
+        comm_max(&t->run.comm, agreed, 2);
+        int stop = (int)agreed[0];
+        save_report(t, saver_advance(&t->saver, (int)agreed[1]));
         if (t->has_val && (last || (due(config->val_every, step) && !stop))) {
             log_val(&t->log, step, t->state.tokens, validate(t));
         }
@@ -219,17 +282,18 @@ static int train(Trainer* t) {
             print_sample(&t->run, &t->model, sample_data(t), step);
         }
         if (last || stop || due(config->save_every, step)) {
-            int failed = save(t);
+            int failed = save(t, last || stop);
             code = failed && (last || stop) ? EXIT_IO : stop && !last ? EXIT_REQUEUE : EXIT_DONE;
         }
     }
+    save_report(t, saver_wait(&t->saver));
     if (loader) {
         loader_stop(loader);
     }
     if (code == EXIT_REQUEUE) {
         printf("stopped    as asked at step %lld of %lld; the same command goes on from here\n",
                (long long)t->state.step, (long long)config->steps);
-    } else if (code == EXIT_NUMERICS) {
+    } else if (code == EXIT_NUMERICS && t->run.comm.rank == 0) {
         fprintf(stderr,
                 "train_llama: %lld steps in a row were not finite; stopped. The last good checkpoint in '%s' stands; a "
                 "lower "
@@ -267,13 +331,19 @@ static void print_header(const Trainer* t, const Ops* ops) {
     printf("data       %s tokens in %d shards (ids %s), %lld samples of %d; validation %s\n", tokens,
            t->train.shard_count, t->train.fully_scanned ? "all checked" : "spot-checked, the rest as read",
            (long long)t->train.samples, t->run.T, t->has_val ? c->val_data : "none");
-    printf("batch      %lld tokens a step: %lld x %d rows x %d\n", (long long)c->batch_tokens,
+    char ranks[32] = "";
+    if (t->run.comm.size > 1) {
+        snprintf(ranks, sizeof ranks, "%d ranks x ", t->run.comm.size);
+    }
+    printf("batch      %lld tokens a step: %s%lld x %d rows x %d\n", (long long)c->batch_tokens, ranks,
            (long long)t->run.accumulation, t->run.B, t->run.T);
     printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps,
            run_tokens, (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule,
            (long long)c->warmup_steps);
-    printf("memory     %sB for the model (--plan lists it); recompute %s; gradients %s, AdamW %s\n", memory,
-           c->recompute, c->grad_dtype, c->adam_dtype);
+    printf("memory     %sB for the model%s (--plan lists it); recompute %s; gradients %s, AdamW %s%s\n", memory,
+           t->run.comm.size > 1 ? " on each rank" : "", c->recompute, c->grad_dtype, c->adam_dtype,
+           t->run.training.ranks > 1 ? " divided over ranks" : "");
+    printf("checkpoint written %s\n", saver_is_async(&t->saver) ? "beside training" : "while training waits");
     printf("out        %s\n", t->run.out);
     fflush(stdout);
 }
@@ -293,8 +363,10 @@ static void open_data(Trainer* t) {
         }
     }
     t->has_val = c->val_data[0] != 0;
-    if (t->has_val) {
+    ranks_agree_data(&t->run.comm, &t->train);
+    if (comm_max_of(&t->run.comm, t->has_val)) {
         dataset_open(&t->val, c->val_data, "val", t->run.T, t->run.model_config.V, (uint64_t)c->seed);
+        ranks_agree_data(&t->run.comm, &t->val);
     }
 }
 
@@ -316,7 +388,7 @@ static void start_model(Trainer* t, const Ops* ops) {
 // weights and state, from a checkpoint or fresh
 static void start_weights(Trainer* t, const char* checkpoint, const Json* saved) {
     if (checkpoint) {
-        t->state = checkpoint_load(&t->model, checkpoint, saved);
+        t->state = checkpoint_load(&t->run.comm, &t->model, checkpoint, saved);
     } else {
         make_run_id(t->state.run_id, sizeof t->state.run_id);
         model_init_weights(&t->model, (uint64_t)t->run.config.seed);
@@ -357,7 +429,7 @@ static int run_prompt_only(Trainer* t) {
     run->config.batch_tokens = run->config.seq_len;
     free(run->out);
     run_resolve(run);
-    const Ops* ops = backend_init(&run->config, run->recipe);
+    const Ops* ops = backend_init(&run->config, run->recipe, &run->comm);
     run_fit(run, ops);
     start_model(t, ops);
     model_allocate(&t->model);
@@ -365,6 +437,18 @@ static int run_prompt_only(Trainer* t) {
     run_find_tokenizer(run, NULL, checkpoint);
     print_sample(run, &t->model, NULL, t->state.step);
     return EXIT_DONE;
+}
+
+// checkpoints go through host memory where all ranks have twice what that takes
+static void start_saver(Trainer* t) {
+    const Run* run = &t->run;
+    int separator = run->tokenizer ? tokenizer_separator(run->tokenizer) : -1;
+    t->saver = saver_open(&run->comm, run->out, &t->model, &run->config, run->tokenizer_path, separator);
+    int64_t all = (int64_t)saver_snapshot_bytes(&t->saver) * run->comm.local_size;
+    int64_t fits = comm_min_of(&run->comm, 2 * all < (int64_t)cpu_available_bytes());
+    if (!strcmp(run->config.async_save, "on") || (fits && is_auto_text(run->config.async_save))) {
+        saver_allocate_snapshot(&t->saver);
+    }
 }
 
 static int run_training(Trainer* t, const Ops* ops) {
@@ -386,7 +470,7 @@ static int run_training(Trainer* t, const Ops* ops) {
              "--train-data is missing: token shards to train on (data/prepare.py makes them); "
              "./scripts/quickstart.sh shows a whole run");
     open_data(t);
-    run_lock(run);
+    ranks_lock(run);
     Json* saved;
     char* checkpoint = run_find_checkpoint(run, &saved);
     if (checkpoint) {
@@ -399,7 +483,7 @@ static int run_training(Trainer* t, const Ops* ops) {
     model_allocate(&t->model);
     start_weights(t, checkpoint, saved);
     check_fingerprint(t, checkpoint);
-    if (checkpoint) {
+    if (checkpoint && run->comm.rank == 0) {
         run_set_aside(run, t->state.step);
     }
     run_find_tokenizer(run, &t->train, checkpoint);
@@ -407,9 +491,10 @@ static int run_training(Trainer* t, const Ops* ops) {
     size_t tokens = (size_t)run->B * run->T * (size_t)run->accumulation;
     t->inputs = (int32_t*)ops->alloc_host(tokens * sizeof(int32_t), "batch");
     t->targets = (int32_t*)ops->alloc_host(tokens * sizeof(int32_t), "batch");
+    start_saver(t);
     print_header(t, ops);
-    t->log = log_open(run->out, checkpoint ? t->state.step : -1);
-    log_run(&t->log, &run->config, &t->model, &t->state);
+    t->log = log_open(&run->comm, run->out, checkpoint ? t->state.step : -1);
+    log_run(&t->log, &run->config, &t->model, &t->state, run->comm.size);
     if (checkpoint) {
         printf("resume     %s: step %lld of %lld\n", checkpoint, (long long)t->state.step,
                (long long)run->config.steps);
@@ -427,17 +512,26 @@ static int run_training(Trainer* t, const Ops* ops) {
     if (code == EXIT_DONE && run->config.sample_every > 0 && !due(run->config.sample_every, t->state.step)) {
         print_sample(run, &t->model, sample_data(t), t->state.step);
     }
+    saver_close(&t->saver);
     log_close(&t->log);
     free(checkpoint);
     return code;
 }
 
-#ifndef TESTING
-int main(int argc, char** argv) {
-    static Trainer trainer;
-    Config* config = &trainer.run.config;
-    install_signal_handlers();
-    config_parse(config, argc, argv);
+// collectives of the device; who computes where
+static void start_ranks(Trainer* t, const Ops* ops) {
+    Comm* comm = &t->run.comm;
+#ifdef USE_MPI
+    if (comm->size > 1) {
+        comm->ops = backend_collectives(ops, comm, &t->run.config, run_wire_elements(&t->run));
+    }
+#endif
+    ranks_print(comm, ops);
+}
+
+static int run_program(Trainer* t, int argc) {
+    Config* config = &t->run.config;
+    const Comm* comm = &t->run.comm;
     if (config->help || argc == 1) {
         config_print_help(stdout);
         presets_print(stdout);
@@ -447,17 +541,31 @@ int main(int argc, char** argv) {
         printf("train_llama %s (%s)\n", PROGRAM_VERSION, FLOATX_NAME);
         return EXIT_DONE;
     }
-    trainer.run.comm = comm_init();
-    if (config->prompt[0] && !config->train_data[0] && !config->plan && !config->print_config) {
-        return run_prompt_only(&trainer);
+    ranks_agree_options(comm, config);
+    watch_start(comm, config->hang_seconds);
+    int sampling = config->prompt[0] && !config->train_data[0] && !config->plan && !config->print_config;
+    check_or(comm->size == 1 || (!sampling && !config->bench), EXIT_USAGE,
+             "--%s runs in one process; start it without mpirun", sampling ? "prompt without --train-data" : "bench");
+    if (sampling) {
+        return run_prompt_only(t);
     }
-    run_resolve(&trainer.run);
-    const Ops* ops = backend_init(config, trainer.run.recipe);
-    run_fit(&trainer.run, ops);
+    run_resolve(&t->run);
+    const Ops* ops = backend_init(config, t->run.recipe, comm);
+    start_ranks(t, ops);
+    run_fit(&t->run, ops);
     if (config->print_config) {
         config_print(config, stdout);
         return EXIT_DONE;
     }
-    return run_training(&trainer, ops);
+    return run_training(t, ops);
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    static Trainer trainer;
+    install_signal_handlers();
+    trainer.run.comm = comm_init();
+    config_parse(&trainer.run.config, argc, argv);
+    return comm_end(&trainer.run.comm, run_program(&trainer, argc));
 }
 #endif

@@ -1,11 +1,15 @@
 // backend.h: --device and --carrier -> a table of operations. Automatic choices are printed; an impossible request ends
 // here.
 #pragma once
+#include "comm.h"
 #include "config.h"
 #include "recipe.h"
 #include "cpu/backend.h"
 #ifdef USE_CUDA
 #include "cuda/backend.cuh"
+#endif
+#ifdef USE_NCCL
+#include "cuda/comm.cuh"
 #endif
 
 // what --device auto chose and why, for the header
@@ -23,8 +27,11 @@ static int backend_supports(const Ops* ops, const Recipe* recipe) {
 
 #ifdef USE_CUDA
 // --carrier on this GPU; automatic: 8-bit products where there are such, else the precision of the build
-static const Ops* backend_init_cuda(const Config* config) {
-    const Ops* ops = cuda_backend(0);
+static const Ops* backend_init_cuda(const Config* config, const Comm* comm, int gpus) {
+    check_or(gpus == 1 || comm->local_rank < gpus, EXIT_NO_DEVICE,
+             "this is one of %d ranks on host %s, where %d GPUs are visible; start %d ranks a host", comm->local_size,
+             comm->host, gpus, gpus);
+    const Ops* ops = cuda_backend(gpus == 1 ? 0 : comm->local_rank);  // a launcher may show each rank its own GPU only
     const char* wanted = config->carrier;
     int bytes = sizeof(floatX) == 2 && (gpu.major > 8 || (gpu.major == 8 && gpu.minor >= 9)) && gpu.major < 10;
     check_or(strcmp(wanted, "f32"), EXIT_USAGE, "--carrier f32 is the CPU's; on a GPU: auto, bf16 or fp8");
@@ -39,7 +46,13 @@ static const Ops* backend_init_cuda(const Config* config) {
 }
 #endif
 
-static const Ops* backend_init(const Config* config, const Recipe* recipe) {
+// CPU threads of a rank: what the launcher bound it to, and its share of the host
+static int backend_cpu_threads(const Comm* comm) {
+    int64_t cores = sysconf(_SC_NPROCESSORS_ONLN), share = max_i64(1, cores / comm->local_size);
+    return (int)min_i64(cpu_threads(), share);
+}
+
+static const Ops* backend_init(const Config* config, const Recipe* recipe, const Comm* comm) {
     int want_cuda = !strcmp(config->device, "cuda"), automatic = !strcmp(config->device, "auto");
 #ifdef USE_CUDA
     int gpus = want_cuda || automatic ? cuda_device_count() : 0;
@@ -50,7 +63,7 @@ static const Ops* backend_init(const Config* config, const Recipe* recipe) {
              "--device cuda: --recipe %s does not run on the GPU in this version; use --recipe bf16, or --device cpu",
              recipe->name);
     if (want_cuda || (automatic && gpus > 0 && backend_supports(&CUDA_OPS, recipe))) {
-        return backend_init_cuda(config);
+        return backend_init_cuda(config, comm, gpus);
     }
     backend_note = gpus > 0 ? " (a GPU is visible, but this recipe does not run on it in this version)" : "";
 #else
@@ -65,6 +78,25 @@ static const Ops* backend_init(const Config* config, const Recipe* recipe) {
              config->carrier);
     if (config->threads != AUTO_INT) {
         cpu_set_threads((int)config->threads);
+    } else if (comm->local_size > 1) {
+        cpu_set_threads(backend_cpu_threads(comm));
     }
     return cpu_backend();
 }
+
+#ifdef USE_MPI
+// the collectives of several ranks on that device; wire_elements as in nccl_start
+static const CommOps* backend_collectives(const Ops* ops, const Comm* comm, const Config* config,
+                                          size_t wire_elements) {
+    (void)comm, (void)config, (void)wire_elements;
+    if (ops->shares_memory) {
+        return &MPI_OPS;
+    }
+#ifdef USE_NCCL
+    return nccl_start(comm, config->nccl_timeout, wire_elements);
+#else
+    die(EXIT_NO_DEVICE, "%d GPUs need NCCL, which this binary was built without; install it and run make again, or "
+        "start one process", comm->size);
+#endif
+}
+#endif

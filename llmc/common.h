@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -23,7 +24,7 @@
 // The exit codes that the README documents. Scripts depend on them: a number never changes its meaning.
 enum ExitCode {
     EXIT_DONE = 0,
-    EXIT_UNEXPECTED = 1,   // a check that should never fail
+    EXIT_UNEXPECTED = 1,   // a check that should never fail; a rank was lost
     EXIT_USAGE = 2,        // an option is unknown, malformed or impossible
     EXIT_BAD_DATA = 65,    // a file is there but damaged or does not fit
     EXIT_NO_INPUT = 66,    // a file or folder is missing
@@ -46,11 +47,20 @@ enum ExitCode {
 
 #define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
 
+// Of several processes: who this one is ("rank 2 (node7): ", rank 0 needs no name), what ends all of them, and what
+// each does when all leave.
+typedef struct { char name[96]; void (*end_all)(int exit_code); void (*leave)(void); } Process;
+static Process process;
+
 [[noreturn]] static void die(int exit_code, const char* format, ...) PRINTF_LIKE(2, 3);
 [[noreturn]] static void die(int exit_code, const char* format, ...) {
     char line[8192];
     fflush(stdout);
-    int used = snprintf(line, sizeof line, "train_llama: ");
+    if (process.name[0]) {  // where all ranks fail alike, rank 0 has ended them by then and its line stands alone
+        signal(SIGTERM, SIG_DFL);
+        sleep(1);
+    }
+    int used = snprintf(line, sizeof line, "train_llama: %s", process.name);
     va_list args;
     va_start(args, format);
     vsnprintf(line + used, sizeof line - (size_t)used - 1, format, args);
@@ -58,6 +68,9 @@ enum ExitCode {
     strcat(line, "\n");
     fputs(line, stderr);  // unbuffered: one write, so that lines of several processes do not mix
     fflush(stderr);
+    if (process.end_all) {
+        process.end_all(exit_code);
+    }
     exit(exit_code);
 }
 

@@ -59,6 +59,8 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
     X(COUNT, seed, "1337", "Run", "N", "weights, sample order, rotation signs and rounding follow from it")           \
     X(TEXT, out, "auto", "Run", "DIR", "output folder; auto: runs/MODEL-RECIPE")                                      \
     X(COUNT, save_every, "1000", "Run", "STEPS", "checkpoint interval; 0: only at the end")                           \
+    X(CHOICE, async_save, "auto", "Run", "auto|on|off",                                                               \
+      "checkpoints are copied to host memory and written beside training; auto: where memory allows")                 \
     X(COUNT, keep, "3", "Run", "N", "checkpoints kept, at least 2")                                                   \
     X(TEXT, resume, "auto", "Run", "auto|never|must|PATH",                                                            \
       "continue from the newest valid checkpoint of --out, or from PATH")                                             \
@@ -71,6 +73,13 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
     X(COUNT, sample_tokens, "128", "Run", "N", "tokens of a sample")                                                  \
     X(REAL, temperature, "0.8", "Run", "X", "of sampling; 0: always the likeliest token")                             \
     X(REAL, max_minutes, "0", "Run", "MINUTES", "save and exit 75 after this time; 0: no limit")                      \
+    X(CHOICE, zero, "auto", "Ranks", "auto|0|1",                                                                      \
+      "1: optimizer state is divided over ranks (ZeRO-1); 0: every rank holds all of it; auto: 1")                    \
+    X(CHOICE, reduce_dtype, "f32", "Ranks", "f32|bf16", "gradients on their way between ranks; f32: as --grad-dtype") \
+    X(REAL, nccl_timeout, "120", "Ranks", "SECONDS", "for all GPUs to find each other")                               \
+    X(REAL, hang_seconds, "60", "Ranks", "SECONDS",                                                                   \
+      "exit 124 when nothing moves for this long and 10 usual steps; 0: wait")                                        \
+    X(TEXT, plant, "", "Ranks", "nan|hang:RANK:STEP", "make that fault happen, to see what follows")                  \
     X(CHOICE, device, "auto", "Machine", "auto|cpu|cuda", "who computes")                                             \
     X(CHOICE, carrier, "auto", "Machine", "auto|f32|bf16|fp8|fp4",                                                    \
       "instruction that multiplies quantized operands; f32 on the CPU")                                               \
@@ -391,8 +400,9 @@ static void config_print_help(FILE* file) {
         "  embedding does not count; peak is the GPU's dense bf16 rate from its datasheet, or, where the name is not "
         "known,\n"
         "  the rate of a large cuBLASLt product measured at the start.\n"
-        "\nExit codes: 0 done, 1 unexpected, 2 usage, 65 bad data, 66 missing input, 69 no GPU, 70 self-test failed,\n"
-        "  71 out of memory, 74 input/output, 75 saved: start the same command again, 76 numerics, 77 folder in use.\n"
+        "\nExit codes: 0 done, 1 unexpected, 2 usage, 65 bad data, 66 missing input, 69 no GPU or NCCL,\n"
+        "  70 self-test failed, 71 out of memory, 74 input/output, 75 saved: start the same command again,\n"
+        "  76 numerics, 77 folder in use, 124 nothing moved.\n"
         "SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit 75; a second Ctrl-C ends at once.\n");
 }
 

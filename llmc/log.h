@@ -43,11 +43,11 @@ static void metrics_rewind(const char* path, int64_t step) {
     free(temporary);
 }
 
-// resumed_step < 0: a fresh run, the file begins anew
-static Log log_open(const char* out, int64_t resumed_step) {
+// resumed_step < 0: a fresh run, the file begins anew. Rank 0 writes for all.
+static Log log_open(const Comm* comm, const char* out, int64_t resumed_step) {
     Log log = {};
-    log.path = format_string("%s/metrics.jsonl", out);
-    if (resumed_step >= 0) {
+    log.path = comm->rank == 0 ? format_string("%s/metrics.jsonl", out) : strdup_or_die("/dev/null");
+    if (resumed_step >= 0 && comm->rank == 0) {
         metrics_rewind(log.path, resumed_step);
     }
     log.metrics = fopen_or_die(log.path, resumed_step >= 0 ? "a" : "w");
@@ -83,12 +83,12 @@ static void log_number(Log* log, const char* key, double x, const char* format) 
     }
 }
 
-static void log_run(Log* log, const Config* config, const Model* model, const RunState* state) {
+static void log_run(Log* log, const Config* config, const Model* model, const RunState* state, int ranks) {
     fprintf(log->metrics,
             "{\"type\":\"run\",\"run_id\":\"%s\",\"program\":\"%s\",\"device\":\"%s\",\"precision\":\"%s\","
-            "\"parameters\":%zu,"
+            "\"parameters\":%zu,\"ranks\":%d,"
             "\"from_step\":%lld,\"options\":",
-            state->run_id, PROGRAM_VERSION, model->ops->name, FLOATX_NAME, model->table.elements,
+            state->run_id, PROGRAM_VERSION, model->ops->name, FLOATX_NAME, model->table.elements, ranks,
             (long long)state->step);
     config_write_json(log->metrics, config);
     log_line_end(log);
@@ -195,7 +195,19 @@ static void log_memory(Log* log, int64_t step, size_t bytes) {
     log_line_end(log);
 }
 
-// save, resume, end
+// a save that ended: seconds it took, and those that training stood still
+static void log_save(Log* log, int64_t step, int64_t tokens, const char* path, double seconds, double held) {
+    printf("saved      %s (%.1f s, training stood still for %.3f s)\n", path, seconds, held);
+    fflush(stdout);
+    fprintf(log->metrics, "{\"type\":\"save\",\"step\":%lld,\"tokens\":%lld,\"path\":", (long long)step,
+            (long long)tokens);
+    json_write_string(log->metrics, path);
+    log_number(log, "seconds", seconds, "%.3f");
+    log_number(log, "held_seconds", held, "%.6f");
+    log_line_end(log);
+}
+
+// resume, end
 static void log_event(Log* log, const char* type, int64_t step, int64_t tokens, const char* key, const char* text,
                       double seconds) {
     fprintf(log->metrics, "{\"type\":\"%s\",\"step\":%lld,\"tokens\":%lld,\"%s\":", type, (long long)step,

@@ -240,16 +240,25 @@ static void model_backward_block(Model* model, int l) {
     model_norm_backward(model, owed, P_NORM1, l, b->inp, b->rstd1);
 }
 
+static void model_tell_ready(Model* model, int segment) {
+    if (model->segment_ready) {
+        model->segment_ready(model->ready_argument, segment);
+    }
+}
+
 static void model_backward(Model* model) {
     const Ops* ops = model->ops;
     const ModelConfig* m = &model->config;
     int BT = model->B * model->T;
     ops->rmsnorm_backward(model->dresidual, model_grad(model, P_NORM, -1), model->dnorm, NULL, model->out,
                           model_weight(model, P_NORM, -1), model->rstd_final, BT, m->C);
+    model_tell_ready(model, m->L + 1);
     for (int l = m->L - 1; l >= 0; l--) {
         model_backward_block(model, l);
+        model_tell_ready(model, l + 1);
     }
     ops->embedding_backward(model_grad(model, P_EMBED, -1), model->dresidual, model->inputs, BT, m->V, m->C);
+    model_tell_ready(model, 0);
 }
 
 // telemetry of the step that begins, or none
@@ -286,9 +295,15 @@ static void model_zero_gradients(Model* model) {
     model->ops->zero(model->grads.data, model->table.elements * real_bytes(model->grads.type));
 }
 
-// after the last micro-batch of a step: weight gradients leave the rotated space they were summed in
+// after the last micro-batch of a step: weight gradients of a segment leave the rotated space they were summed in
+static void model_finish_segment(Model* model, int segment) {
+    for (int kind = 0; segment >= 1 && segment <= model->config.L && kind < LINEAR_KINDS; kind++) {
+        linear_finish_gradient(&model->linear, &model->linears[(segment - 1) * LINEAR_KINDS + kind]);
+    }
+}
+
 static void model_finish_gradients(Model* model) {
-    for (int i = 0; i < model->config.L * LINEAR_KINDS; i++) {
-        linear_finish_gradient(&model->linear, &model->linears[i]);
+    for (int segment = 0; segment < segment_count(&model->config); segment++) {
+        model_finish_segment(model, segment);
     }
 }

@@ -6,6 +6,7 @@
 #pragma once
 #include "linear.h"
 #include "model_config.h"
+#include "slices.h"
 
 // What forward does not keep and backward makes again, bit for bit the same: nothing; what no product is needed for
 // (both norms' outputs, SwiGLU's output); also the gate and up product; everything but the block's entry.
@@ -18,8 +19,9 @@ typedef struct {
     RealType grad_type, moment_type;
     int has_master;  // f32 copy of the weights; without it they are rounded stochastically
     int dense_first, dense_last;  // so many blocks at the beginning and at the end do not quantize
+    int rank, ranks;  // optimizer state is that of slice `rank` of `ranks`
 } TrainingMemory;
-static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 1, 0, 0};
+static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 1, 0, 0, 0, 1};
 
 // kept from forward for backward, one a block; a buffer that is not kept is the same one in all blocks
 typedef struct {
@@ -57,8 +59,14 @@ typedef struct {
     int classifier_rows;  // rows of a chunk of logits
 
     floatX* params;       // all parameters, flat
-    RealArray grads, m, v;
+    RealArray grads;
+    Slices slices;        // what this rank updates; m, v, master hold its elements
+    RealArray m, v;
     float* master;        // or NULL
+    double* squares;      // (slices) of the gradients
+    // called where given when the gradients of a segment (slices.h) are complete, by model_backward
+    void (*segment_ready)(void* argument, int segment);
+    void* ready_argument;
     LinearContext linear;
     Linear* linears;      // (L, LINEAR_KINDS)
     float* rope_table;    // (positions, HS/2, 2) cos, sin
@@ -203,11 +211,13 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
     switch (kind) {
     case MEMORY_PARAMS: model->params = (floatX*)arena_take(arena, N * sizeof(floatX)); break;
     case MEMORY_GRADS: model->grads = arena_take_reals(arena, model->training.grad_type, N); break;
-    case MEMORY_OPTIMIZER:
-        model->master = model->training.has_master ? (float*)arena_take(arena, N * sizeof(float)) : NULL;
-        model->m = arena_take_reals(arena, model->training.moment_type, N);
-        model->v = arena_take_reals(arena, model->training.moment_type, N);
+    case MEMORY_OPTIMIZER: {
+        size_t owned = model->slices.elements;
+        model->master = model->training.has_master ? (float*)arena_take(arena, owned * sizeof(float)) : NULL;
+        model->m = arena_take_reals(arena, model->training.moment_type, owned);
+        model->v = arena_take_reals(arena, model->training.moment_type, owned);
         break;
+    }
     case MEMORY_QUANTIZED_WEIGHTS: {
         size_t bytes = 0;
         for (int i = 0; i < m->L * LINEAR_KINDS; i++) {
@@ -226,6 +236,7 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
         model->inputs = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
         model->targets = (int32_t*)arena_take(arena, BT * sizeof(int32_t));
         model->control = (StepControl*)arena_take(arena, sizeof(StepControl));
+        model->squares = (double*)arena_take(arena, sizeof(double) * (size_t)model->slices.count);
         model->telemetry = (LinearTelemetry*)arena_take(arena, sizeof(LinearTelemetry));
         model->linear.bases =
             (CarrierBase*)arena_take(arena, sizeof(CarrierBase) * (size_t)m->L * LINEAR_KINDS * OPERANDS);
@@ -299,6 +310,7 @@ static void model_prepare(Model* model, const Ops* ops, const ModelConfig* confi
     model->training = training;
     model->config = *config;
     model->table = param_table(config);
+    model->slices = slices_make(config, &model->table, training.rank, max_int(1, training.ranks));
     model->B = B;
     model->T = T;
     model->classifier_rows = classifier_chunk_rows(ops->classifier_bytes, B * T, config->V);
@@ -374,6 +386,7 @@ static void model_free_tables(Model* model) {
     free(model->blocks);
     free(model->linears);
     free(model->table.list);
+    free(model->slices.list);
 }
 
 static void model_free(Model* model) {
@@ -401,8 +414,14 @@ static void model_init_weights(Model* model, uint64_t seed) {
                 values[i] = init == INIT_ONE ? 1.0f : (float)(std * rand_normal(seed, begin + (size_t)i, stream));
                 rounded[i] = f32_to_floatX(values[i]);
             }
-            if (model->master) {
-                model->ops->copy_to_device(model->master + param->offset + begin, values, (size_t)n * sizeof(float));
+            Range chunk_range = {param->offset + begin, (size_t)n};
+            for (int s = 0; model->master && s < model->slices.count; s++) {
+                const Slice* slice = &model->slices.list[s];
+                Range part = range_overlap(chunk_range, Range{slice->begin, slice->count});
+                if (part.count) {
+                    model->ops->copy_to_device(model->master + slice->at + (part.begin - slice->begin),
+                                               values + (part.begin - chunk_range.begin), part.count * sizeof(float));
+                }
             }
             model->ops->copy_to_device(model->params + param->offset + begin, rounded, (size_t)n * sizeof(floatX));
         }

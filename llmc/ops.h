@@ -98,6 +98,12 @@ typedef struct Ops {
     void (*copy_to_device)(void* device, const void* host, size_t bytes);
     void (*copy_to_host)(void* host, const void* device, size_t bytes);
     void (*synchronize)(void);
+    // A copy to alloc_host memory, of what was there when it was asked for, beside what is given next, which must not
+    // change it before snapshot_fence: what is given after that waits on the device for the copies. snapshot_wait, on
+    // any thread, until they are done; what that thread copies itself comes from this device.
+    void (*snapshot_copy)(void* host, const void* device, size_t bytes);
+    void (*snapshot_fence)(void);
+    void (*snapshot_wait)(void);
     // scratch that depends on the largest micro-batch, once before the first operation of that shape
     void (*reserve)(AttentionShape shape);
     // bytes that the backend holds besides what alloc gave out: its own scratch (largest[i]: elements of the largest
@@ -117,6 +123,9 @@ typedef struct Ops {
     // device may record it under that id and play it again.
     void (*replay)(int id, void (*work)(void* argument), void* argument);
     void (*describe)(char* buffer, size_t bytes);
+    int shares_memory;  // with the other ranks of the host
+    // which device of its host, where no two ranks may use the same; else empty
+    void (*identify)(char* buffer, size_t bytes);
     // ceilings, measured now: the library's own rate on large matrix products in FLOP/s; bytes a second, read and
     // written, of a large copy
     double (*gemm_rate)(void);

@@ -1,10 +1,11 @@
 // run.h: from options to a run: batch arithmetic, length, folders, the plan of memory, the choice of a checkpoint.
 #pragma once
-#include "checkpoint.h"
+#include "checkpoint_save.h"
 #include "comm.h"
 #include "data.h"
 #include "log.h"
 #include "schedule.h"
+#include "watch.h"
 #include <sys/file.h>
 
 typedef struct {
@@ -42,7 +43,8 @@ static void run_resolve_batch(Run* run) {
     int64_t T = c->seq_len, tokens = c->batch_tokens, ranks = run->comm.size;
     check_or(
         tokens > 0 && tokens % (T * ranks) == 0, EXIT_USAGE,
-        "--batch-tokens %lld is not a multiple of --seq-len %lld x %lld ranks; %lld and %lld are the nearest that fit",
+        "--batch-tokens %lld is not a multiple of --seq-len %lld x %lld ranks; %lld and %lld are the nearest that fit; "
+        "or start another number of ranks",
         (long long)tokens, (long long)T, (long long)ranks, (long long)max_i64(1, tokens / (T * ranks)) * T * ranks,
         (long long)(tokens / (T * ranks) + 1) * T * ranks);
     run->rows = tokens / T / ranks;
@@ -105,6 +107,11 @@ static void run_resolve_training(Run* run) {
     run->training.grad_type = narrow ? REAL_FLOATX : REAL_F32;
     run->training.moment_type = lean ? REAL_FLOATX : REAL_F32;
     run->training.has_master = !lean;
+    int sharded = run->comm.size > 1 && strcmp(c->zero, "0");
+    run->training.rank = sharded ? run->comm.rank : 0;
+    run->training.ranks = sharded ? run->comm.size : 1;
+    check_or(sizeof(floatX) == 2 || strcmp(c->reduce_dtype, "bf16"), EXIT_USAGE,
+             "--reduce-dtype bf16 needs the build of make PRECISION=BF16; this one computes in f32");
 }
 
 static void run_check_ranges(const Config* c) {
@@ -147,6 +154,18 @@ static void run_resolve(Run* run) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // what fits: micro-batch and recomputation
+
+// largest number of gradients that travel at once in a narrower type than they lie in; 0: they do not
+static size_t run_wire_elements(const Run* run) {
+    size_t most = 0;
+    ParamTable table = param_table(&run->model_config);
+    for (int segment = 0; segment < segment_count(&run->model_config); segment++) {
+        most = max_size(most, segment_range(&run->model_config, &table, segment).count);
+    }
+    free(table.list);
+    int narrow = !strcmp(run->config.reduce_dtype, "bf16") && run->training.grad_type == REAL_F32;
+    return narrow && run->comm.size > 1 ? most : 0;
+}
 
 // bytes on the device that the run allocates
 static size_t run_memory(const Run* run, const Ops* ops, int B, TrainingMemory training) {
@@ -219,7 +238,9 @@ static void run_advise(const Run* run, const Ops* ops, int64_t wanted, size_t ro
 static void run_fit(Run* run, const Ops* ops) {
     Config* c = &run->config;
     int any_batch = c->batch_size == AUTO_INT, any_level = is_auto_text(c->recompute);
-    size_t available = ops->available_bytes(), room = available / 100 * 98;
+    size_t available = ops->available_bytes() / (size_t)(ops->shares_memory ? run->comm.local_size : 1);
+    available = (size_t)comm_min_of(&run->comm, (int64_t)available);  // all ranks choose the same
+    size_t room = available / 100 * 98;
     int64_t most = any_batch ? max_i64(1, (int64_t)ops->micro_tokens / run->T) : c->batch_size;
     int64_t least = any_batch ? 1 : c->batch_size;
     int64_t enough = min_i64(run_largest_batch(run, ops, most, run->training, 0),
@@ -290,13 +311,13 @@ static char* run_find_checkpoint(const Run* run, Json** state) {
         int single = path_is_file(state_path);
         free(state_path);
         if (single) {
-            *state = checkpoint_verify(resume, error, sizeof error);
+            *state = checkpoint_verify(&run->comm, resume, error, sizeof error);
             check_or(*state, EXIT_BAD_DATA, "--resume '%s' is not usable: %s", resume, error);
             return strdup_or_die(resume);
         }
     }
     const char* folder = path_given ? resume : run->out;
-    char* found = checkpoint_find(folder, state, &damaged);
+    char* found = checkpoint_find(&run->comm, folder, state, &damaged);
     check_or(found || damaged == 0, EXIT_BAD_DATA,
              "none of the %d checkpoints in '%s' is usable; --resume never with another --out "
              "starts anew",
@@ -336,7 +357,8 @@ static void run_compare_options(const Run* run, const Json* state) {
     static const int fixed[] = {ID_seq_len, ID_batch_tokens, ID_seed};
     static const int silent[] = {ID_out,         ID_resume,    ID_model, ID_train_data, ID_val_data,
                                  ID_max_minutes, ID_config,    ID_keep,  ID_prompt,     ID_tokenizer,
-                                 ID_threads,     ID_recompute, ID_graphs};
+                                 ID_threads,     ID_recompute, ID_graphs, ID_async_save, ID_nccl_timeout,
+                                 ID_hang_seconds, ID_plant};
     const Json* options = json_get(state, "options");
     for (int id = 0; id < KNOB_COUNT_ALL; id++) {
         const char* before = NULL;
@@ -420,6 +442,16 @@ static void run_print_plan(const Run* run, const Model* model, int threads) {
     size_t program = model->ops->program_bytes(threads);
     printf("  %-32s %10.1f MiB\n  %-32s %10.1f MiB\n", "backend scratch", (double)scratch / MiB,
            "program and libraries", (double)program / MiB);
+    Saver saver = saver_open(&run->comm, run->out, model, &run->config, NULL, -1);
+    size_t wire = model->ops->shares_memory ? 0 : run_wire_elements(run) * sizeof(floatX);
+    size_t snapshot = strcmp(run->config.async_save, "off") ? saver_snapshot_bytes(&saver) : 0;
+    size_t on_device = model->ops->shares_memory ? snapshot : 0;
+    saver_close(&saver);
+    if (wire) {
+        printf("  %-32s %10.1f MiB\n", "gradients on their way", (double)wire / MiB);
+    }
+    printf("  %-32s %10.1f MiB%s\n", "checkpoint snapshot", (double)snapshot / MiB, on_device ? "" : " of the host");
+    total += wire + on_device;
     printf("  %-32s %10.1f MiB\n", "total", (double)(total + scratch + program) / MiB);
     size_t available = model->ops->available_bytes(), needed = total + scratch;
     if (available > 0) {

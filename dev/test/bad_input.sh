@@ -76,13 +76,6 @@ check_exit "no arguments: the help" 0 ""
 check_exit "--prompt without a checkpoint named" 2 "--resume PATH" --prompt "In the"
 check_exit "--prompt, no checkpoint there" 66 "data" --prompt "In the" --resume data
 
-if command -v mpirun >/dev/null; then
-    mpirun --allow-run-as-root --oversubscribe -np 2 "$TRAIN" "${small[@]}" --out mpi >out.txt 2>err.txt; got=$?
-    if [ $got -eq 2 ] && grep -q '^train_llama: started as 2 processes' err.txt; then ok "mpirun -np 2 is refused"
-    else fail "mpirun -np 2 is refused" "exit code $got: $(head -n 3 err.txt | xargs)"; fi
-else
-    skip "mpirun -np 2 is refused" "no mpirun here"
-fi
 export OMPI_COMM_WORLD_SIZE=2
 check_exit "several processes are refused" 2 "started as 2 processes" "${small[@]}" --out mpi
 unset OMPI_COMM_WORLD_SIZE

@@ -164,7 +164,7 @@ static void cuda_test_model_gradients(Model* gpu_model, Model* cpu_model) {
 
 static double model_train_step(Model* model, int step, double lr) {
     int32_t inputs[MODEL_B * MODEL_T], targets[MODEL_B * MODEL_T];
-    Comm comm = {.rank = 0, .size = 1};
+    Comm comm = COMM_SINGLE;
     Config config;
     memset(&config, 0, sizeof config);
     config.beta1 = 0.9, config.beta2 = 0.95, config.eps = 1e-8, config.weight_decay = 0.1, config.grad_clip = 1.0;
@@ -235,9 +235,9 @@ static void cuda_test_model_checkpoint(Model* from, Model* to, const char* what)
     expect(checkpoint_save(out, from, &config, &state, NULL, 3, error, sizeof error) == 0, "%s", error);
     to->ops->zero(to->memory[MEMORY_PARAMS], to->memory_bytes[MEMORY_PARAMS]);
     to->ops->zero(to->memory[MEMORY_OPTIMIZER], to->memory_bytes[MEMORY_OPTIMIZER]);
-    char* folder = checkpoint_find(out, &saved, &damaged);
+    char* folder = checkpoint_find(&COMM_SINGLE, out, &saved, &damaged);
     if (expect(folder && damaged == 0, "%s: no checkpoint found", what)) {
-        RunState loaded = checkpoint_load(to, folder, saved);
+        RunState loaded = checkpoint_load(&COMM_SINGLE, to, folder, saved);
         expect(loaded.step == 20 && loaded.tokens == 777, "%s: state differs", what);
         expect_same_state(to, from, what);
         char* before = model_state_get(from);
@@ -302,7 +302,7 @@ static void cuda_test_model_recompute(const Model* cpu_model) {
 typedef struct { Model* model; double lr; } ReplayedStep;
 static void replayed_step(void* argument) {
     Model* model = ((ReplayedStep*)argument)->model;
-    Comm comm = {.rank = 0, .size = 1};
+    Comm comm = COMM_SINGLE;
     Config config;
     memset(&config, 0, sizeof config);
     config.beta1 = 0.9, config.beta2 = 0.95, config.eps = 1e-8, config.weight_decay = 0.1, config.grad_clip = 1.0;
@@ -332,7 +332,7 @@ static void replay_curve(double* losses, Model* model, int recorded) {
 
 // a recorded step does what the issued one does, with and without a master copy; both learn
 static void cuda_test_model_replay(const Model* cpu_model, int lean) {
-    TrainingMemory training = {RECOMPUTE_NONE, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, 1, 0, 0};
+    TrainingMemory training = {RECOMPUTE_NONE, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, 1, 0, 0, 0, 1};
     double losses[2][6];
     char* states[2];
     for (int recorded = 0; recorded < 2; recorded++) {

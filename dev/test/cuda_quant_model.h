@@ -366,9 +366,9 @@ static void quant_move(Model* from, Model* to, int step, const char* what) {
     expect(checkpoint_save(out, from, &config, &state, NULL, 3, error, sizeof error) == 0, "%s", error);
     to->ops->zero(to->memory[MEMORY_PARAMS], to->memory_bytes[MEMORY_PARAMS]);
     to->ops->zero(to->memory[MEMORY_OPTIMIZER], to->memory_bytes[MEMORY_OPTIMIZER]);
-    char* folder = checkpoint_find(out, &saved, &damaged);
+    char* folder = checkpoint_find(&COMM_SINGLE, out, &saved, &damaged);
     if (expect(folder && damaged == 0, "%s: no checkpoint found", what)) {
-        RunState loaded = checkpoint_load(to, folder, saved);
+        RunState loaded = checkpoint_load(&COMM_SINGLE, to, folder, saved);
         expect(loaded.step == step && loaded.tokens == 777, "%s: state differs", what);
         expect_same_state(to, from, what);
     }

@@ -3,15 +3,22 @@
 #
 #     dev/test/kill.sh              20 kills
 #     KILLS=200 dev/test/kill.sh    200; SEED=n picks other instants
+#     RANKS=2 dev/test/kill.sh      of one of two ranks, picked at random
 #
 # After each kill: every committed checkpoint is whole; the next start names none as damaged, resumes from the newest of them, and
 # that is not older than the last step that the killed run said was saved. When a run is through, all of it equals an undisturbed
 # run, to the bit.
 source "$(dirname "$0")/lib.sh"
-KILLS=${KILLS:-20} SEED=${SEED:-$$}
+KILLS=${KILLS:-20} SEED=${SEED:-$$} RANKS=${RANKS:-1}
 RANDOM=$SEED
+launch=()
+if [ "$RANKS" -gt 1 ]; then
+    need_mpirun
+    launch=("${LAUNCH[@]}" -np "$RANKS")
+    train() { "${launch[@]}" "$TRAIN" "$@" 2>mpi.txt; }
+fi
 make_shards data
-STEPS=80
+STEPS=${STEPS:-80}
 run=("${SMALL[@]}" --recipe quartet --bwd-rounding sr --steps $STEPS --save-every 1)
 train "${run[@]}" --out ref --keep 2 >/dev/null
 check "the undisturbed run is whole" compare whole ref
@@ -31,17 +38,27 @@ one_start() {
     local before saved after pid
     before=$(compare newest "$out")
     starts=$((starts + 1))
-    "$TRAIN" "${run[@]}" --out "$out" >out.txt 2>err.txt &
+    "${launch[@]}" "$TRAIN" "${run[@]}" --out "$out" >out.txt 2>err.txt &
     pid=$!
     background=($pid)
     if [ "$1" = kill ]; then
         sleep "$(printf '%d.%03d' $((after = RANDOM % span_ms, after / 1000)) $((after % 1000)))"
-        kill -9 $pid 2>/dev/null
+        if [ "$RANKS" -eq 1 ]; then
+            kill -9 $pid 2>/dev/null
+        else
+            mapfile -t pids < <(pgrep -P $pid)
+            [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[RANDOM % ${#pids[@]}]}" 2>/dev/null
+        fi
     fi
     wait $pid 2>/dev/null; got=$?
     background=()
-    [ $got -eq 0 ] || [ "$got$1" = 137kill ] || problem "exit code $got: $(tail -n 1 err.txt)"
-    [ ! -s err.txt ] || problem "stderr: $(head -n 1 err.txt)"
+    if [ "$RANKS" -eq 1 ]; then
+        [ $got -eq 0 ] || [ "$got$1" = 137kill ] || problem "exit code $got: $(tail -n 1 err.txt)"
+        [ ! -s err.txt ] || problem "stderr: $(head -n 1 err.txt)"
+    else
+        [ $got -eq 0 ] || [ "$1" = kill ] || problem "exit code $got: $(grep train_llama: err.txt | tail -n 1)"
+        ! grep -q 'not usable' err.txt || problem "stderr: $(grep 'not usable' err.txt)"
+    fi
     if grep -q '^step\|^done' out.txt; then                 # it came so far as to say where it begins
         saved=$(sed -n 's/^resume .*: step \([0-9]*\) of .*/\1/p' out.txt)
         [ "${saved:--1}" = "$before" ] || problem "resumed from step '${saved:-none}', the newest checkpoint was $before"

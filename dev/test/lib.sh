@@ -8,7 +8,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 TRAIN=$(realpath -m "${TRAIN:-$ROOT/train_llama}")
 export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C
 export OMP_WAIT_POLICY=passive       # tests share their cores with other work: idle threads should not spin
-unset OMPI_COMM_WORLD_SIZE PMI_SIZE SLURM_STEP_NUM_TASKS
+unset OMPI_COMM_WORLD_SIZE PMI_SIZE PMI_RANK PMIX_RANK SLURM_STEP_NUM_TASKS
 WORK=$(mktemp -d)
 background=()                        # ids of processes that must not outlive the test
 cleanup() {
@@ -118,6 +118,17 @@ run_until() {
     unset 'background[-1]'
 }
 
+# need_mpirun: for tests of several ranks; ends the test where they cannot run.  ranks N ARGUMENTS...: train on N ranks
+need_mpirun() {
+    export ASAN_OPTIONS=${ASAN_OPTIONS:-}:detect_leaks=0     # MPI's own
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
+    mpirun --version 2>/dev/null | grep -q "Open MPI" || { skip "several ranks" "no mpirun of Open MPI here"; finish; }
+    ldd "$TRAIN" | grep -q libmpi || { skip "several ranks" "this binary was built without MPI"; finish; }
+    LAUNCH=(mpirun --oversubscribe --bind-to none) MPIRUN=(timeout --foreground 60 mpirun --oversubscribe --bind-to none)
+    SMALL+=(--batch-tokens 384)
+}
+ranks() { local n=$1; shift; "${MPIRUN[@]}" -np "$n" "$TRAIN" "$@"; }
+
 # ---------------------------------------------------------------------------------------------------------------------
 # comparisons, in Python, sharing nothing with the trainer
 
@@ -194,6 +205,51 @@ def whole(folder):
                     header = json.loads(f.read(length))
                 end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
                 assert size == 8 + length + end, f"{path} has {size} bytes, its header says {8 + length + end}"
+
+def close_run(a, b, tolerance):
+    """Two runs that differ in the number of ranks: same samples, weights and rates, so the first loss is the same to the
+    bit; later ones are apart by what the order of sums does, at most `tolerance` nats."""
+    x, y = steps(a), steps(b)
+    assert list(x) == list(y), f"{len(x)} steps in {a}, {len(y)} in {b}"
+    assert x[1][2] == y[1][2], f"the first loss is {x[1][2]} in {a}, {y[1][2]} in {b}"
+    for step in x:
+        assert x[step][1] == y[step][1] and x[step][4] == y[step][4], f"step {step}: {x[step]} in {a}, {y[step]} in {b}"
+        apart = abs(float(x[step][2]) - float(y[step][2]))
+        assert apart <= float(tolerance), f"step {step}: losses {x[step][2]} in {a}, {y[step][2]} in {b}"
+    x, y = validations(a), validations(b)
+    assert list(x) == list(y), f"validations at {list(x)} in {a}, {list(y)} in {b}"
+    for step in x:
+        apart = abs(float(x[step]) - float(y[step]))
+        assert apart <= float(tolerance), f"validation at step {step}: {x[step]} in {a}, {y[step]} in {b}"
+
+def optimizer(checkpoint):
+    """master, m, v as lists over the whole flat buffer, put together from the ranges of all optimizer files."""
+    state = json.load(open(f"{checkpoint}/state.json"))
+    whole = {}
+    for piece in state["slices"]:
+        data = open(f"{checkpoint}/{piece['file']}", "rb").read()
+        length, = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8:8 + length])
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            at = 8 + length + entry["data_offsets"][0]
+            flat = whole.setdefault(name, [None] * state["elements"])
+            for begin, end in piece["ranges"]:
+                assert flat[begin:end] == [None] * (end - begin), f"{checkpoint}: {name} {begin} to {end} stands twice"
+                flat[begin:end] = struct.unpack(f"<{end - begin}f", data[at:at + 4 * (end - begin)])
+                at += 4 * (end - begin)
+    for name, flat in whole.items():
+        assert None not in flat, f"{checkpoint}: {name} has holes"
+    return whole
+
+def close_state(a, b, tolerance):
+    """Optimizer state of two checkpoints: relative distance of master, m, v."""
+    x, y = optimizer(a), optimizer(b)
+    assert x.keys() == y.keys(), f"{list(x)} in {a}, {list(y)} in {b}"
+    for name in x:
+        apart = sum((p - q) ** 2 for p, q in zip(x[name], y[name])) ** 0.5 / sum(p * p for p in x[name]) ** 0.5
+        assert apart <= float(tolerance), f"{name} of {b} is {apart:.2g} from {a}"
 
 def newest(folder):
     found = checkpoints(folder)

@@ -108,7 +108,7 @@ static LlamaRun llama_train(const SafetensorsFile* file, double peak, double bet
     config.lr = peak, config.min_lr_ratio = 0.1, config.warmup_steps = 3, config.schedule = "cosine";
     config.steps = LLAMA_STEPS + 1;  // the reference's cosine would reach its floor at step 10, which it does not run
     config.beta1 = 0.9, config.beta2 = beta2, config.eps = 1e-8, config.weight_decay = decay, config.grad_clip = 1.0;
-    Comm comm = {.rank = 0, .size = 1};
+    Comm comm = COMM_SINGLE;
     LlamaRun run = {{}, {}, {}, test_zeros((size_t)model.table.count)};
     for (int s = 0; s < LLAMA_STEPS; s++) {
         for (int i = 0; i < B * T; i++) {

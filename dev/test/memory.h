@@ -155,7 +155,7 @@ static Model memory_model(const char* recipe, Recompute recompute, int lean, int
                      .max_positions = 32, .rope_theta = 10000.0, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 1,
                      .rope_high = 4, .rope_original = 16};
     TrainingMemory training = {recompute, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, !lean,
-                               dense_first, dense_last};
+                               dense_first, dense_last, 0, 1};
     Model model;
     model_prepare(&model, &CPU_OPS, &m, recipe_find(recipe), training, 2, 32);
     model.linear.option_rounding = ROUND_STOCHASTIC;
@@ -250,8 +250,8 @@ static void test_lean_checkpoints(void) {
             Json* saved = NULL;
             int damaged, same = 1;
             expect(checkpoint_save(out, &a, &config, &state, NULL, 3, error, sizeof error) == 0, "%s", error);
-            char* folder = checkpoint_find(out, &saved, &damaged);
-            checkpoint_load(&b, folder, saved);
+            char* folder = checkpoint_find(&COMM_SINGLE, out, &saved, &damaged);
+            checkpoint_load(&COMM_SINGLE, &b, folder, saved);
             for (size_t i = 0; i < n; i++) {
                 float m = real_get(a.m, i), v = real_get(a.v, i);
                 float w = a.master ? a.master[i] : floatX_to_f32(a.params[i]);

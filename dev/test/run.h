@@ -136,9 +136,9 @@ static void test_checkpoint_round_trip(const char* out, int tied) {
     memset(b.params, 0, n * sizeof(floatX));
     Json* saved = NULL;
     int damaged;
-    char* folder = checkpoint_find(out, &saved, &damaged);
+    char* folder = checkpoint_find(&COMM_SINGLE, out, &saved, &damaged);
     if (expect(folder && damaged == 0, "no checkpoint found in %s", out)) {
-        RunState loaded = checkpoint_load(&b, folder, saved);
+        RunState loaded = checkpoint_load(&COMM_SINGLE, &b, folder, saved);
         expect(loaded.step == 7 && loaded.tokens == 777 && loaded.data_fingerprint == state.data_fingerprint &&
                !strcmp(loaded.run_id, "abc"), "state differs");
         expect(!memcmp(a.master, b.master, n * sizeof(float)) && !memcmp(a.m.data, b.m.data, n * sizeof(float)) &&
@@ -180,14 +180,14 @@ static void test_checkpoint_damage(const char* out) {
                 fwrite(text, 1, bytes - 1, file);  // one byte short
             }
             fclose(file);
-            Json* saved = checkpoint_verify(folder, error, sizeof error);
+            Json* saved = checkpoint_verify(&COMM_SINGLE, folder, error, sizeof error);
             expect(!saved && error[0], "%s: change %d was not found", names[i], j);
             json_free(saved);
         }
         FILE* file = fopen_or_die(path, "wb");
         fwrite(text, 1, bytes, file);
         fclose(file);
-        Json* saved = checkpoint_verify(folder, error, sizeof error);
+        Json* saved = checkpoint_verify(&COMM_SINGLE, folder, error, sizeof error);
         expect(saved != NULL, "restored %s: %s", names[i], error);
         json_free(saved);
         free(text);

@@ -80,6 +80,8 @@ static void cpu_describe(char* buffer, size_t bytes) {
     snprintf(buffer, bytes, "%d threads, BLAS %s", cpu_threads(), CPU_BLAS_NAME);
 }
 
+static void cpu_identify(char* buffer, size_t) { buffer[0] = 0; }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // the compositions
 
@@ -125,6 +127,9 @@ static const Ops CPU_OPS = {
     .copy_to_device = cpu_copy,
     .copy_to_host = cpu_copy,
     .synchronize = cpu_synchronize,
+    .snapshot_copy = cpu_copy,
+    .snapshot_fence = cpu_synchronize,
+    .snapshot_wait = cpu_synchronize,
     .reserve = cpu_reserve,
     .scratch_bytes = cpu_scratch_bytes,
     .program_bytes = cpu_program_bytes,
@@ -135,6 +140,8 @@ static const Ops CPU_OPS = {
     .micro_tokens = 8192,
     .replay = cpu_replay,
     .describe = cpu_describe,
+    .shares_memory = 1,
+    .identify = cpu_identify,
     .gemm_rate = cpu_gemm_rate,
     .copy_rate = cpu_copy_rate,
     .embedding_forward = cpu_embedding_forward,

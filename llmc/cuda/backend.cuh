@@ -97,6 +97,18 @@ static void cuda_carrier_begin(CarrierBase* bases, int count) {
 }
 static void cuda_synchronize(void) { cuda_check(cudaStreamSynchronize(gpu.stream)); }
 
+static void cuda_snapshot_copy(void* host, const void* device, size_t bytes) {
+    cuda_check(cudaEventRecord(gpu.snapshot_begin, gpu.stream));
+    cuda_check(cudaStreamWaitEvent(gpu.snapshot_stream, gpu.snapshot_begin, 0));
+    cuda_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.snapshot_stream));
+    cuda_check(cudaEventRecord(gpu.snapshot_end, gpu.snapshot_stream));
+}
+static void cuda_snapshot_fence(void) { cuda_check(cudaStreamWaitEvent(gpu.stream, gpu.snapshot_end, 0)); }
+static void cuda_snapshot_wait(void) {
+    cuda_check(cudaSetDevice(gpu.device));  // a new thread begins with device 0
+    cuda_check(cudaEventSynchronize(gpu.snapshot_end));
+}
+
 static size_t cuda_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
     (void)largest;
     (void)threads;
@@ -164,6 +176,11 @@ static void cuda_describe(char* buffer, size_t bytes) {
     snprintf(buffer, bytes, "GPU %d, %s, %.0f GiB", gpu.device, gpu.name, (double)gpu.memory_bytes / 1073741824.0);
 }
 
+// the PCI address
+static void cuda_identify(char* buffer, size_t bytes) {
+    cuda_check(cudaDeviceGetPCIBusId(buffer, (int)bytes, gpu.device));
+}
+
 // Work is issued as it is the first time, which makes plans of matrix products and grows scratch; the second time it is
 // recorded into a graph; from then on the graph is launched.
 #define GRAPH_IDS 4
@@ -213,6 +230,9 @@ static const Ops CUDA_OPS = {
     .copy_to_device = cuda_copy_to_device,
     .copy_to_host = cuda_copy_to_host,
     .synchronize = cuda_synchronize,
+    .snapshot_copy = cuda_snapshot_copy,
+    .snapshot_fence = cuda_snapshot_fence,
+    .snapshot_wait = cuda_snapshot_wait,
     .reserve = cuda_reserve,
     .scratch_bytes = cuda_scratch_bytes,
     .program_bytes = cuda_program_bytes,
@@ -223,6 +243,8 @@ static const Ops CUDA_OPS = {
     .micro_tokens = 32768,
     .replay = cuda_replay,
     .describe = cuda_describe,
+    .shares_memory = 0,
+    .identify = cuda_identify,
     .gemm_rate = cuda_gemm_rate,
     .copy_rate = cuda_copy_rate,
     .embedding_forward = cuda_embedding_forward,
@@ -268,6 +290,9 @@ static const Ops* cuda_backend(int device) {
              "GPU %d, %s, has compute capability %d.%d; 8.0 (Ampere) or newer is needed", device, gpu.name, gpu.major,
              gpu.minor);
     cuda_check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
+    cuda_check(cudaStreamCreateWithFlags(&gpu.snapshot_stream, cudaStreamNonBlocking));
+    cuda_check(cudaEventCreateWithFlags(&gpu.snapshot_begin, cudaEventDisableTiming));
+    cuda_check(cudaEventCreateWithFlags(&gpu.snapshot_end, cudaEventDisableTiming));
     blas_check(cublasLtCreate(&gpu.blas));
     gpu.workspace_bytes = GEMM_WORKSPACE;
     cuda_check(cudaMalloc(&gpu.workspace, GEMM_WORKSPACE));

@@ -26,6 +26,8 @@ typedef struct {
     size_t memory_bytes;
     char name[256];
     cudaStream_t stream;
+    cudaStream_t snapshot_stream;  // copies of a checkpoint to the host
+    cudaEvent_t snapshot_begin, snapshot_end;
     cublasLtHandle_t blas;
     void* workspace;        // of cuBLASLt
     size_t workspace_bytes;
