@@ -18,6 +18,7 @@
 #include "dev/test/data.h"
 #include "dev/test/export.h"
 #include "dev/test/formats.h"
+#include "dev/test/fp4.h"
 #include "dev/test/fp8.h"
 #include "dev/test/gradient.h"
 #include "dev/test/json.h"
@@ -44,6 +45,7 @@ static const Section SECTIONS[] = {
     {"quant", test_quant, "quantizers against the NumPy reference, bit for bit"},
     {"linear", test_linear, "quantized linear layers, recipes, unbiased rounding"},
     {"fp8", test_fp8, "8-bit operands and linear layers"},
+    {"fp4", test_fp4, "the FP4 carrier, its products emulated"},
     {"ops", test_ops, "every operation against f64"},
     {"update", test_update, "sums, skip, AdamW"},
     {"memory", test_memory, "narrow state, recomputation, what fits"},

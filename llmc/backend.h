@@ -26,22 +26,33 @@ static int backend_supports(const Ops* ops, const Recipe* recipe) {
 }
 
 #ifdef USE_CUDA
-// --carrier on this GPU; automatic: 8-bit products where there are such, else the precision of the build
-static const Ops* backend_init_cuda(const Config* config, const Comm* comm, int gpus) {
+// does a GPU of that compute capability have FP4 tensor cores that cuBLASLt uses? B200, B300; RTX 50, GB10
+static int backend_has_fp4(int major, int minor) {
+    return (major == 10 && (minor == 0 || minor == 3)) || (major == 12 && minor <= 1);
+}
+
+// --carrier on this GPU; automatic: the narrowest products that there are, else the precision of the build
+static const Ops* backend_init_cuda(const Config* config, const Recipe* recipe, const Comm* comm, int gpus) {
     check_or(gpus == 1 || comm->local_rank < gpus, EXIT_NO_DEVICE,
              "this is one of %d ranks on host %s, where %d GPUs are visible; start %d ranks a host", comm->local_size,
              comm->host, gpus, gpus);
     const Ops* ops = cuda_backend(gpus == 1 ? 0 : comm->local_rank);  // a launcher may show each rank its own GPU only
     const char* wanted = config->carrier;
     int bytes = sizeof(floatX) == 2 && (gpu.major > 8 || (gpu.major == 8 && gpu.minor >= 9)) && gpu.major < 10;
-    check_or(strcmp(wanted, "f32"), EXIT_USAGE, "--carrier f32 is the CPU's; on a GPU: auto, bf16 or fp8");
-    check_or(strcmp(wanted, "fp4"), EXIT_NO_DEVICE,
-             "--carrier fp4 needs FP4 tensor cores, which this version does not use yet; auto, bf16 and fp8 are there");
+    int fp4 = sizeof(floatX) == 2 && backend_has_fp4(gpu.major, gpu.minor) && CUDART_VERSION >= 12080;
+    check_or(strcmp(wanted, "f32"), EXIT_USAGE, "--carrier f32 is the CPU's; on a GPU: auto, bf16, fp8 or fp4");
+    check_or(strcmp(wanted, "fp4") || fp4, EXIT_NO_DEVICE,
+             "--carrier fp4 needs FP4 tensor cores (a GPU of compute capability 10.0, 10.3, 12.0 or 12.1), the BF16 "
+             "build and CUDA 12.8 or newer; this is %s, %d.%d, %s, CUDA %d.%d; --carrier bf16 runs everywhere",
+             gpu.name, gpu.major, gpu.minor, FLOATX_NAME, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     check_or(strcmp(wanted, "fp8") || bytes, EXIT_NO_DEVICE,
              "--carrier fp8 needs a GPU of compute capability 8.9 or 9.0 and the BF16 build; this is %s, %d.%d, %s; "
              "--carrier bf16 runs everywhere",
              gpu.name, gpu.major, gpu.minor, FLOATX_NAME);
-    gpu.carrier = carrier_find(is_auto_text(wanted) ? bytes ? "fp8" : "bf16" : wanted);
+    gpu.carrier = carrier_find(!is_auto_text(wanted) ? wanted : fp4 ? "fp4" : bytes ? "fp8" : "bf16");
+    if (!strcmp(gpu.carrier->name, "fp4") && recipe->x.format == FORMAT_MXFP4) {
+        backend_note = " (has never run on hardware before; --carrier bf16 has)";
+    }
     return ops;
 }
 #endif
@@ -63,7 +74,7 @@ static const Ops* backend_init(const Config* config, const Recipe* recipe, const
              "--device cuda: --recipe %s does not run on the GPU in this version; use --recipe bf16, or --device cpu",
              recipe->name);
     if (want_cuda || (automatic && gpus > 0 && backend_supports(&CUDA_OPS, recipe))) {
-        return backend_init_cuda(config, comm, gpus);
+        return backend_init_cuda(config, recipe, comm, gpus);
     }
     backend_note = gpus > 0 ? " (a GPU is visible, but this recipe does not run on it in this version)" : "";
 #else

@@ -82,7 +82,7 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
     X(TEXT, plant, "", "Ranks", "nan|hang:RANK:STEP", "make that fault happen, to see what follows")                  \
     X(CHOICE, device, "auto", "Machine", "auto|cpu|cuda", "who computes")                                             \
     X(CHOICE, carrier, "auto", "Machine", "auto|f32|bf16|fp8|fp4",                                                    \
-      "instruction that multiplies quantized operands; f32 on the CPU")                                               \
+      "instruction that multiplies quantized operands; f32 on the CPU; fp4: Blackwell, has not run on hardware yet")  \
     X(CHOICE, recompute, "auto", "Machine", "auto|none|norm|ffn|block",                                               \
       "activations made again in backward: norms and SwiGLU | also gate+up | whole blocks; auto: the least that fits")\
     X(CHOICE, graphs, "auto", "Machine", "auto|on|off", "CUDA graphs: a step's kernels are launched as one")          \

@@ -107,6 +107,9 @@ static HOST_DEVICE inline float e5m2_to_f32(uint8_t code) {
 // scales of NVFP4: never negative
 static HOST_DEVICE inline uint8_t f32_to_ue4m3(float x) { return f32_to_e4m3(x < 0.0f ? 0.0f : x) & 0x7f; }
 static HOST_DEVICE inline float ue4m3_to_f32(uint8_t code) { return e4m3_to_f32(code & 0x7f); }
+// the code of 2^k, k in [-9, 8]: all powers of two there are
+static HOST_DEVICE inline uint8_t ue4m3_power(int k) { return (uint8_t)(k >= -6 ? (k + 7) << 3 : 1 << (k + 9)); }
+#define UE4M3_NAN 127
 
 // e2m1 code = sign << 3 | index; the sign of a zero is kept
 static HOST_DEVICE inline uint32_t f32_to_e2m1(float x) { return f32_sign(x) << 3 | minifloat_encode(x, 1, 1, 7u); }

@@ -48,6 +48,9 @@ static const QuantSpec* recipe_spec(const Recipe* r, OperandId id) {
 
 // what the carrier multiplies of an operand: its elements, then the factors of its rows where it has such
 static size_t carrier_operand_bytes(const Carrier* carrier, OperandId id, int rows, int cols) {
+    if (carrier->format[id] == FORMAT_NVFP4) {
+        return nvfp4_bytes(rows, cols);
+    }
     return (size_t)rows * cols * (carrier->format[id] == FORMAT_FLOATX ? sizeof(floatX) : 1);
 }
 static size_t carrier_bytes(const LinearContext* ctx, const Recipe* recipe, OperandId id, int rows, int cols) {
@@ -228,7 +231,7 @@ static Owed linear_backward_owed(const LinearContext* ctx, const Linear* linear,
     QTensor wt = linear_operand(ctx, OPERAND_WT, linear, NULL, b, C, OC, linear->weight, &linear->w, 1, NULL);
     GemmArgs input = {.out = real_floatX(dinp), .accumulate = 0, .a = &dy, .b = &wt, .alpha = 1.0f};
     ctx->ops->gemm(&input);
-    // dyt has as many elements as dy, so the factors of dy's rows, which lie behind them, stay
+    // dyt takes as many bytes as dy, so the factors of dy's rows, which lie behind them, stay
     QTensor dyt = linear_operand(ctx, OPERAND_DYT, linear, NULL, a, OC, BT, dout, NULL, 1, NULL);
     QTensor xt = linear_operand(ctx, OPERAND_XT, linear, NULL, b, C, BT, x->dense, x, 1, NULL);
     GemmArgs weight = {.out = linear->dweight, .accumulate = 1, .a = &dyt, .b = &xt, .alpha = 1.0f};

@@ -44,7 +44,7 @@ typedef struct {
 // group's scale, rounded to the carrier's format; products owe 2^base. A base is chosen so that the group with the
 // largest e just fits, rounded up to a multiple of 4 octaves, so that it seldom changes from one use to the next: the
 // quantizer writes with the base of the last use and, where that proves wrong, once more. So the bits are a function of
-// the operand alone.
+// the operand alone. An operand of the FP4 carrier (below) is made when all scales are there: its base is exact.
 typedef struct {
     float scale;      // 2^base; cuBLASLt reads it here, and wants it 16-byte aligned
     int32_t base;
@@ -54,7 +54,7 @@ typedef struct {
 #define CARRIER_NONE INT32_MIN
 #define CARRIER_STEP 4
 
-// highest k with 6 * 2^k in the format, and lowest k at which every e2m1 code times 2^k is exact
+// of 8 bits: highest k with 6 * 2^k in the format, and lowest k at which every e2m1 code times 2^k is exact
 static inline HOST_DEVICE int carrier_top(Format carrier) { return carrier == FORMAT_E4M3 ? 6 : 13; }
 static inline HOST_DEVICE int carrier_bottom(Format carrier) { return carrier == FORMAT_E4M3 ? -8 : -15; }
 static inline HOST_DEVICE int carrier_base(Format carrier, int largest) {
@@ -73,7 +73,7 @@ typedef struct {
     int transposed;         // FLOATX: dense lies as (cols, rows)
     // what the instruction multiplies, on backends that do not decode codes themselves; else operand is NULL. Codes,
     // scales and mask are then written only where they are not NULL.
-    Format carrier;         // E4M3 or E5M2: one byte an element; FLOATX: decoded values
+    Format carrier;         // E4M3 or E5M2: one byte an element; FLOATX: decoded values; NVFP4: see below
     void* operand;          // (rows, cols)
     CarrierBase* base;      // of the whole operand, or of E4M3 and E5M2 codes; NULL where every row has its own
     float* row_scale;       // (rows) 2^base of each row: a factor of the product's rows that its reader owes; or NULL
@@ -173,4 +173,87 @@ static HOST_DEVICE inline uint32_t sign_word(uint64_t seed, uint64_t stream, uin
 static HOST_DEVICE inline uint32_t round_bits(uint64_t seed, uint64_t stream, uint64_t index, size_t i) {
     uint32_t word = philox(seed, index + i / 8, stream).w[i % 8 / 2];
     return i % 2 ? word >> 16 : word & 0xffffu;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operand of the FP4 carrier: MXFP4 as an NVFP4 matrix, which is what cuBLASLt multiplies on Blackwell's FP4 tensor
+// cores (CUDA_R_4F_E2M1 with CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3; it has no MXFP4 product).
+//
+//   element = e2m1 code * ue4m3 scale of its 16 elements * 2^base
+//
+// A group's scale 2^e becomes 2^k, k = e - base, twice, for its two blocks of 16; base = largest e - 8 of the tensor or
+// of the row, so k <= 8. ue4m3 has the powers of two from 2^-9 to 2^8: 18 octaves are exact. A group below them gets
+// 2^-9, and its codes are rounded to nearest even at that scale: codes, not what they were made of. So the operand is a
+// function of the packed codes and scales, which alone are saved, and a value is never better than the recipe's own.
+// NaN scales become ue4m3's NaN.
+//
+// The codes lie as MXFP4's. The scales lie in tiles of 128 rows x 4 blocks, tiles of the same rows one behind the
+// other, padded with zeros (cuBLAS documentation, "1D Block Scaling Factors Layout").
+
+#define NVFP4_BLOCK 16
+#define NVFP4_TOP 8       // highest and lowest k with 2^k among the scales
+#define NVFP4_BOTTOM (-9)
+
+static inline HOST_DEVICE int nvfp4_base(int largest) { return (largest == CARRIER_NONE ? 0 : largest) - NVFP4_TOP; }
+
+static inline size_t nvfp4_tile_bytes(int rows, int cols) {
+    return (size_t)round_up(rows, 128) * (size_t)round_up(cols / NVFP4_BLOCK, 4);
+}
+
+// where the scale of block `block` of row `row` lies, of `blocks` a row
+static inline HOST_DEVICE size_t nvfp4_tile_index(int row, int block, int blocks) {
+    size_t tile = (size_t)(row >> 7) * (size_t)((blocks + 3) / 4) + (size_t)(block >> 2);
+    return tile * 512 + (size_t)((row & 31) * 16 + (row >> 5 & 3) * 4 + (block & 3));
+}
+
+// The row and the first of the two groups whose scales, each twice, are word number `word` of the tiles; either may lie
+// in the padding.
+typedef struct { uint32_t row, group; } Nvfp4Word;
+static inline HOST_DEVICE Nvfp4Word nvfp4_word(uint32_t word, uint32_t groups) {
+    uint32_t across = (groups + 1) / 2, tile = word / 128, in_tile = word % 128;
+    Nvfp4Word place = {tile / across * 128 + in_tile / 4 + in_tile % 4 * 32, tile % across * 2};
+    return place;
+}
+
+// the scale of a group with MXFP4's scale `byte`, and the octaves that it lies under the window
+typedef struct { uint8_t code; int under; } Nvfp4Scale;
+static inline HOST_DEVICE Nvfp4Scale nvfp4_scale(uint32_t byte, int base) {
+    int k = (int)byte - 127 - base, under = k < NVFP4_BOTTOM ? NVFP4_BOTTOM - k : 0;
+    Nvfp4Scale scale = {byte == UE8M0_NAN ? (uint8_t)UE4M3_NAN : ue4m3_power(k + under),
+                        byte == UE8M0_NAN ? 0 : under};
+    return scale;
+}
+
+// a code of a group that lies `under` octaves under the window; from 5 on all are zero, of the same sign
+static inline HOST_DEVICE uint32_t nvfp4_code(uint32_t code, int under) {
+    int octaves = under < 8 ? under : 8;
+    return f32_to_e2m1(e2m1_to_f32(code) * f32_from_bits((uint32_t)(127 - octaves) << 23));
+}
+
+// An operand's memory: codes, scales in tiles, then a place for MXFP4's scales while it is made, where nobody keeps
+// them. As much for (rows, cols) as for (cols, rows), as of the other carriers.
+static inline size_t nvfp4_tile_offset(int rows, int cols) {
+    return (size_t)round_up((int64_t)qtensor_codes_bytes(rows, cols), 256);
+}
+static inline size_t nvfp4_scales_offset(int rows, int cols) {
+    size_t tiles = nvfp4_tile_bytes(rows, cols), turned = nvfp4_tile_bytes(cols, rows);
+    return nvfp4_tile_offset(rows, cols) + (size_t)round_up((int64_t)max_size(tiles, turned), 256);
+}
+static inline size_t nvfp4_bytes(int rows, int cols) {
+    return nvfp4_scales_offset(rows, cols) + qtensor_scales_bytes(rows, cols);
+}
+static inline uint8_t* nvfp4_tiles(const QTensor* q) {
+    return (uint8_t*)q->operand + nvfp4_tile_offset(q->rows, q->cols);
+}
+
+// MXFP4 codes and scales of an operand of the FP4 carrier: kept, or where the operand itself is made of them
+static inline QTensor nvfp4_source(const QTensor* q) {
+    QTensor source = *q;
+    source.codes = q->codes ? q->codes : (uint8_t*)q->operand;
+    source.scales = q->scales ? q->scales : (uint8_t*)q->operand + nvfp4_scales_offset(q->rows, q->cols);
+    source.carrier = FORMAT_FLOATX;
+    source.operand = NULL;
+    source.base = NULL;
+    source.row_scale = NULL;
+    return source;
 }

@@ -4,13 +4,14 @@
 //   ./quantize_bench [host | check | bench | small]
 // The first three without an argument; exit code 1 if a check failed. -DPRECISION_FP32 checks the other build.
 //
-// host, check   see quantize_check.h
+// host, check   see quantize_check.h; check also makes the operands of the FP4 carrier, see quantize_fp4_check.h
 // bench         medians of 20 over rotating buffers on the linear layers of tinyllama-1.1b and llama2-7b, each whole
 //               call (both launches); bytes are the fewest that the operation must move, and the share is that of a
 //               device-to-device copy of 2 GiB in the same run. After each line, the same operation launched otherwise:
 //               "direct" reads nothing ahead, "apart" keeps the second launch from overlapping the first
 // small         each kernel once, for compute-sanitizer
 #include "quantize_check.h"
+#include "quantize_fp4_check.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // check
@@ -35,6 +36,7 @@ static void check_tensor(Bench* b, int rows, int cols, Distribution d, int count
             fill(b->tensor, count, cases[c].transposed ? rows : cols, d, (uint64_t)(rows * 7 + cols));
             upload_tensor(b, count);
             check_case(b, &cases[c], rows, cols, distribution_names[d], stats && d <= OCTAVES);
+            check_fp4(b, &cases[c], rows, cols, distribution_names[d]);
         }
     }
 }
@@ -57,6 +59,7 @@ static void check_saved(Bench* b, int rows, int cols, int distribution, int spre
     for (int c = 0; c < CASES; c++) {
         if (cases[c].source == SOURCE_SAVED) {
             check_case(b, &cases[c], rows, cols, input, stats && distribution == NORMAL);
+            check_fp4(b, &cases[c], rows, cols, input);
         }
     }
 }

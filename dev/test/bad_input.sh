@@ -45,6 +45,7 @@ check_exit "indivisible --batch-tokens" 2 "--batch-tokens 250;224 and 256" "${sm
 check_exit "indivisible --batch-size" 2 "--batch-size 3;these fit: 1, 2, 4, 8" "${small[@]}" --batch-size 3
 check_exit "--device cuda" 69 "--device cuda" "${small[@]}" --device cuda
 check_exit "--carrier fp8 on the CPU" 2 "--carrier fp8" "${small[@]}" --device cpu --carrier fp8
+check_exit "--carrier fp4 on the CPU" 2 "--carrier fp4" "${small[@]}" --device cpu --carrier fp4
 check_exit "--bf16-layers of no form" 2 "--bf16-layers is 'first:1,'" "${small[@]}" --bf16-layers first:1,
 check_exit "--bf16-layers beyond the model" 2 "names 9 blocks" "${small[@]}" --bf16-layers last:9
 check_exit "--keep 1" 2 "--keep 1" "${small[@]}" --keep 1

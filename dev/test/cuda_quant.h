@@ -2,7 +2,8 @@
 // operands, rounded to nearest and stochastically. Codes, scales and masks are the CPU's bits; what the carrier
 // multiplies, its bases and its count of groups under the window follow from those codes by the definition in
 // llmc/quant.h, whatever base was expected and whether codes are kept. Products and layers follow in
-// cuda_quant_linear.h, the whole model in cuda_quant_model.h.
+// cuda_quant_linear.h, the whole model in cuda_quant_model.h. The operands of the FP4 carrier are made on any GPU, so
+// they are compared on any; its products need Blackwell.
 #pragma once
 #include "cuda_model.h"
 #include "linear.h"
@@ -10,10 +11,12 @@
 
 // is that a carrier of this GPU and build?
 static int quant_carrier_runs(const Carrier* carrier) {
-    int bytes = sizeof(floatX) == 2 && (gpu.major == 9 || (gpu.major == 8 && gpu.minor == 9));
-    return carrier->format[OPERAND_X] == FORMAT_FLOATX || bytes;
+    Format format = carrier->format[OPERAND_X];
+    int bytes = gpu.major == 9 || (gpu.major == 8 && gpu.minor == 9), fp4 = backend_has_fp4(gpu.major, gpu.minor);
+    return format == FORMAT_FLOATX || (sizeof(floatX) == 2 && (format == FORMAT_NVFP4 ? fp4 : bytes));
 }
-static int quant_carrier_narrow(void) { return gpu.carrier->format[OPERAND_X] != FORMAT_FLOATX; }
+static int quant_carrier_fp4(const Carrier* carrier) { return carrier->format[OPERAND_X] == FORMAT_NVFP4; }
+static int quant_carrier_bytes(void) { return gpu.carrier->format[OPERAND_X] == FORMAT_E4M3; }
 
 // plans are kept for every shape of a process; the tests have more shapes than a training
 static void quant_forget_plans(void) {
@@ -160,7 +163,8 @@ static QTensor operand_gpu(const OperandCase* c, const LinearContext* ctx, const
 typedef struct {
     Format format;
     size_t count;
-    void* elements;    // bytes or floatX
+    void* elements;    // bytes or floatX; of NVFP4 `count` bytes of codes and, from `tiles_at` on, the tiles of scales
+    size_t tiles_at, tiles;
     float* row_scale;  // (rows), where rows have bases
     CarrierBase base;  // where the operand has one
 } CarrierWant;
@@ -196,6 +200,18 @@ static void carrier_want_group(CarrierWant* want, const QTensor* q, size_t group
     }
 }
 
+static void carrier_want_fp4(CarrierWant* want, const OperandCase* c) {
+    QTensor q = c->q;
+    q.carrier = FORMAT_NVFP4;
+    q.operand = want->elements;
+    q.base = gpu.carrier->row_base[c->id] ? NULL : &want->base;
+    q.row_scale = gpu.carrier->row_base[c->id] ? want->row_scale : NULL;
+    want->count = qtensor_codes_bytes(c->rows, c->cols);
+    want->tiles_at = nvfp4_tile_offset(c->rows, c->cols);
+    want->tiles = nvfp4_tile_bytes(c->rows, c->cols);
+    cpu_fp4_operand(&q, &c->q);
+}
+
 static CarrierWant carrier_want(const OperandCase* c) {
     const QTensor* q = &c->q;
     size_t row_groups = (size_t)c->cols / GROUP;
@@ -205,6 +221,10 @@ static CarrierWant carrier_want(const OperandCase* c) {
     want.count = (size_t)c->rows * c->cols;
     want.elements = malloc_or_die(carrier_operand_bytes(gpu.carrier, c->id, c->rows, c->cols), "test");
     want.row_scale = test_zero_floats((size_t)c->rows);
+    if (want.format == FORMAT_NVFP4) {
+        carrier_want_fp4(&want, c);
+        return want;
+    }
     want.base.largest = largest_exponent(q, 0, row_groups * (size_t)c->rows);
     want.base.base = carrier_base(want.format, want.base.largest);
     want.base.scale = ldexpf(1.0f, want.base.base);
@@ -228,9 +248,14 @@ static void carrier_want_free(CarrierWant* want) { test_free(want->elements, wan
 // elements that differ; a NaN is a NaN. zeros: of which any sign will do
 static size_t carrier_differences(const CarrierWant* want, const void* got, int zeros) {
     size_t differ = 0;
+    for (size_t i = want->tiles_at; i < want->tiles_at + want->tiles; i++) {
+        differ += ((const uint8_t*)want->elements)[i] != ((const uint8_t*)got)[i];
+    }
 #pragma omp parallel for schedule(static) reduction(+ : differ)
     for (int64_t i = 0; i < (int64_t)want->count; i++) {
-        if (want->format == FORMAT_FLOATX) {
+        if (want->format == FORMAT_NVFP4) {
+            differ += ((const uint8_t*)want->elements)[i] != ((const uint8_t*)got)[i];
+        } else if (want->format == FORMAT_FLOATX) {
             float a = floatX_to_f32(((const floatX*)want->elements)[i]), b = floatX_to_f32(((const floatX*)got)[i]);
             differ += f32_bits(a) != f32_bits(b) && !(a != a && b != b) && !(zeros && a == 0.0f && b == 0.0f);
         } else {
@@ -258,7 +283,9 @@ static void carrier_expect(const CarrierWant* want, const Output* out, int zeros
     } else {
         got[middle] ^= 1;
     }
-    expect(carrier_differences(want, got, zeros) == 1 || differ > 0, "%s: a planted element is not seen", what);
+    got[want->tiles ? want->tiles_at : 0] ^= want->tiles ? 8 : 0;  // planted: a scale, too
+    expect(carrier_differences(want, got, zeros) == (want->tiles ? 2 : 1) || differ > 0,
+           "%s: a planted element is not seen", what);
     if (rows > 0) {
         size_t at = out->bytes - sizeof(float) * (size_t)rows;
         expect_bits(got + at, want->row_scale, sizeof(float) * (size_t)rows, label("%s: bases of the rows", what));
@@ -350,10 +377,10 @@ static void cuda_test_operands(void) {
                 broken += c.q.scales[g] == UE8M0_NAN;
             }
             for (int carrier = 0; carrier < CARRIER_COUNT; carrier++) {
-                if (quant_carrier_runs(&CARRIERS[carrier])) {
+                if (quant_carrier_runs(&CARRIERS[carrier]) || quant_carrier_fp4(&CARRIERS[carrier])) {
                     gpu.carrier = &CARRIERS[carrier];
                     CarrierWant want = carrier_want(&c);
-                    under += quant_carrier_narrow() ? want.base.under : 0;
+                    under += want.format != FORMAT_FLOATX ? want.base.under : 0;
                     carrier_want_free(&want);
                     cuda_test_operand(&c, draw);
                 }
@@ -361,6 +388,6 @@ static void cuda_test_operands(void) {
             operand_case_free(&c);
         }
     }
-    expect(broken > 0 && (under > 0 || !quant_carrier_narrow()), "no group with a NaN, or none under the window");
+    expect(broken > 0 && under > 0, "no group with a NaN, or none under the window");
 }
 #endif

@@ -8,6 +8,7 @@
 //   carrier   unit of the largest        terms an instruction   kept in those registers
 //   fp8       2^-13 (14 bits are kept)   32                     all K, or 128 where gemm_fast_accumulate is 0
 //   bf16      2^-23                      16                     all K
+//   fp4       2^-23: not measured yet    64                     all K
 //   f32       2^-24, rounded             1                      all K
 // Terms have either sign, hence sqrt(K) units for them. The cuts of the sum do not average: half a unit each. A sum
 // kept for 128 terms has the share sqrt(128 / K) of the size, and as many of these add up like a walk: the bound is
@@ -26,7 +27,7 @@ static double product_share(const LinearContext* ctx, int K) {
     if (!ctx->carrier || sizeof(floatX) == sizeof(float)) {
         return f32;
     }
-    if (ctx->carrier->format[OPERAND_X] == FORMAT_FLOATX) {
+    if (ctx->carrier->format[OPERAND_X] != FORMAT_E4M3) {
         return (sqrt((double)K) + K / 32.0) * 0x1p-23;
     }
     int kept = gemm_fast_accumulate ? K : min_int(K, 128);
@@ -211,7 +212,7 @@ static void cuda_test_products_of_carrier(void) {
             for (int d = 0; d < (id == OPERAND_DY ? 3 : 2); d++) {
                 ProductCase c = product_case(id, d == 1 ? ROUND_STOCHASTIC : ROUND_NEAREST, M, N, K, draws[d]);
                 for (gemm_fast_accumulate = 1; gemm_fast_accumulate >= 0; gemm_fast_accumulate--) {
-                    if (gemm_fast_accumulate || quant_carrier_narrow()) {
+                    if (gemm_fast_accumulate || quant_carrier_bytes()) {
                         cuda_test_product(&c, draws[d], &error[gemm_fast_accumulate]);
                     }
                 }
@@ -224,7 +225,7 @@ static void cuda_test_products_of_carrier(void) {
                error[1].measured, error[0].measured, error[1].allowed, error[0].allowed);
         printf("  products, carrier %s, K %5d: relative error %.2g (bound %.2g)", gpu.carrier->name, K,
                error[1].measured, error[1].allowed);
-        if (quant_carrier_narrow()) {
+        if (quant_carrier_bytes()) {
             printf("; not fast %.2g (bound %.2g)", error[0].measured, error[0].allowed);
         }
         printf("\n");

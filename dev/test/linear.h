@@ -201,7 +201,7 @@ typedef struct {
 #define TEST_STEP 17ull
 static const uint64_t TEST_POSITION = TEST_STEP;
 
-static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int C, int OC) {
+static LinearCase linear_case_on(const Ops* ops, const char* recipe, Rounding rounding, int BT, int C, int OC) {
     LinearCase c = {};
     c.BT = BT, c.C = C, c.OC = OC;
     c.x = test_tensor((size_t)BT * C, 31, 1.0);
@@ -211,7 +211,8 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     c.dx = test_tensor((size_t)BT * C, 35, 1.0);
     const Recipe* r = recipe_find(recipe);
     c.dw = (float*)calloc_or_die((size_t)OC * C * sizeof(float), "test");
-    c.ctx.ops = &CPU_OPS;
+    c.ctx.ops = ops;
+    c.ctx.carrier = ops->carrier();
     c.linear.recipe = r;
     c.ctx.option_rounding = rounding;
     c.ctx.seed = 4321;
@@ -231,6 +232,10 @@ static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int
     linear_quantize_weight(&c.ctx, &c.linear, c.w_memory);
     linear_forward(&c.ctx, &c.linear, c.y, &c.saved, c.x_memory, c.x, BT);
     return c;
+}
+
+static LinearCase linear_case(const char* recipe, Rounding rounding, int BT, int C, int OC) {
+    return linear_case_on(&CPU_OPS, recipe, rounding, BT, C, OC);
 }
 
 static void linear_case_free(LinearCase* c) {
@@ -290,8 +295,9 @@ static void composed_backward(const LinearCase* c, double* dx, double* dx_error,
     free(b);
 }
 
-static void test_linear_quartet(Rounding rounding, int BT, int C, int OC) {
-    LinearCase c = linear_case("quartet", rounding, BT, C, OC);
+// ops: a backend on the host
+static void test_linear_quartet(const Ops* ops, Rounding rounding, int BT, int C, int OC) {
+    LinearCase c = linear_case_on(ops, "quartet", rounding, BT, C, OC);
     const char* name = rounding == ROUND_NEAREST ? "rtn" : "sr";
     size_t nx = (size_t)BT * C, nw = (size_t)OC * C, ny = (size_t)BT * OC;
     const QuantSpec quest = TEST_QUEST;
@@ -546,8 +552,8 @@ static void test_linear(void) {
     test_linear_golden();
     const int BT[] = {32, 64, 96}, C[] = {32, 64, 160}, OC[] = {32, 96};
     for (int i = 0; i < 18; i++) {
-        test_linear_quartet(ROUND_NEAREST, BT[i % 3], C[i / 3 % 3], OC[i / 9]);
-        test_linear_quartet(ROUND_STOCHASTIC, BT[i % 3], C[i / 3 % 3], OC[i / 9]);
+        test_linear_quartet(&CPU_OPS, ROUND_NEAREST, BT[i % 3], C[i / 3 % 3], OC[i / 9]);
+        test_linear_quartet(&CPU_OPS, ROUND_STOCHASTIC, BT[i % 3], C[i / 3 % 3], OC[i / 9]);
     }
     test_linear_dense(1, 1, 1);
     test_linear_dense(3, 5, 7);

@@ -8,7 +8,7 @@
 #include "fused_backward.cuh"
 #include "gemm.cuh"
 #include "optimizer.cuh"
-#include "quantize.cuh"
+#include "quantize_fp4.cuh"
 #include "quantize_fp8.cuh"
 #include "rmsnorm.cuh"
 
@@ -214,7 +214,7 @@ static int cuda_supports_any(const QuantSpec* spec) {
 }
 static void cuda_quantize_any(const QuantizeArgs* args) {
     if (args->spec.format == FORMAT_MXFP4) {
-        cuda_quantize(args);
+        cuda_quantize_mxfp4(args);
     } else {
         cuda_quantize_fp8(args);
     }
@@ -266,8 +266,8 @@ static const Ops CUDA_OPS = {
     .carrier = cuda_carrier,
     .carrier_begin = cuda_carrier_begin,
     .unrotate = cuda_unrotate,
-    .swiglu_quantize = cuda_swiglu_quantize,
-    .rmsnorm_quantize = cuda_rmsnorm_quantize,
+    .swiglu_quantize = cuda_swiglu_quantize_mxfp4,
+    .rmsnorm_quantize = cuda_rmsnorm_quantize_mxfp4,
     .unrotate_swiglu_backward = cuda_unrotate_swiglu_backward,
     .unrotate_rmsnorm_backward = cuda_unrotate_rmsnorm_backward,
     .loss_sum = cuda_loss_sum,
@@ -297,5 +297,8 @@ static const Ops* cuda_backend(int device) {
     gpu.workspace_bytes = GEMM_WORKSPACE;
     cuda_check(cudaMalloc(&gpu.workspace, GEMM_WORKSPACE));
     cuda_check(cudaMalloc(&gpu.partial, CUDA_PARTIALS * sizeof(float)));
+    const float fp4_scalars[] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0};
+    cuda_check(cudaMalloc(&gpu.fp4_scalars, sizeof fp4_scalars));
+    cuda_check(cudaMemcpy(gpu.fp4_scalars, fp4_scalars, sizeof fp4_scalars, cudaMemcpyHostToDevice));
     return &CUDA_OPS;
 }

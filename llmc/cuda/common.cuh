@@ -32,6 +32,7 @@ typedef struct {
     void* workspace;        // of cuBLASLt
     size_t workspace_bytes;
     float* partial;         // block partial sums, CUDA_PARTIALS floats
+    float* fp4_scalars;     // alpha of an FP4 product, 0, 1, each in 16 bytes of its own
     const Carrier* carrier; // of quantized operands
 } CudaContext;
 static CudaContext gpu;

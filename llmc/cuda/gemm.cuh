@@ -5,6 +5,10 @@
 // way round; no copy is ever made. Quantized operands come as the carrier's bytes, always K-contiguous, with 2^base in
 // device memory. A plan (descriptors and algorithm) is made once per shape: the heuristic's candidates are timed
 // on the real operands. f32 accumulation.
+//
+// FP4: MXFP4 as NVFP4 (quant.h). The library's scale pointers are the operands' tiles of scales, so that the bases go
+// into alpha, which it then reads from device memory (CUBLASLT_POINTER_MODE_DEVICE, and beta with it); one thread
+// writes it before the product. Not run on hardware yet.
 #pragma once
 #include "common.cuh"
 
@@ -13,7 +17,7 @@
 #define GEMM_MARGIN 0.98  // another candidate must be that much faster than the best so far
 #define GEMM_WORKSPACE ((size_t)64 << 20)
 
-// alignment: of all three pointers in bytes, at most 256. a_format, b_format: FLOATX, or E4M3, E5M2 of a carrier
+// alignment: of all three pointers in bytes, at most 256. a_format, b_format: FLOATX, or E4M3, E5M2, NVFP4 of a carrier
 typedef struct {
     int M, N, K, a_transposed, b_transposed, a_format, b_format, out_type, accumulate, fast, alignment;
 } GemmKey;
@@ -40,6 +44,11 @@ static void blas_check_at(cublasStatus_t status, const char* call, const char* f
 
 static cudaDataType_t gemm_floatX_type(void) { return sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F; }
 static cudaDataType_t gemm_type(int format) {
+#if CUDART_VERSION >= 12080
+    if (format == FORMAT_NVFP4) {
+        return CUDA_R_4F_E2M1;
+    }
+#endif
     return format == FORMAT_E4M3 ? CUDA_R_8F_E4M3 : format == FORMAT_E5M2 ? CUDA_R_8F_E5M2 : gemm_floatX_type();
 }
 
@@ -52,9 +61,12 @@ static Format gemm_format(const QTensor* q) { return q->operand ? q->carrier : q
 static cublasStatus_t gemm_run(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorithm, void* out,
                                const GemmArgs* args) {
     float alpha = args->alpha * (args->a->owed * args->b->owed), beta = args->accumulate ? 1.0f : 0.0f;
-    return cublasLtMatmul(gpu.blas, plan->operation, &alpha, gemm_operand(args->b), plan->b, gemm_operand(args->a),
-                          plan->a, &beta, out, plan->out, out, plan->out, algorithm, gpu.workspace, gpu.workspace_bytes,
-                          gpu.stream);
+    int fp4 = plan->key.a_format == FORMAT_NVFP4;
+    const float* alpha_at = fp4 ? gpu.fp4_scalars : &alpha;
+    const float* beta_at = fp4 ? gpu.fp4_scalars + (args->accumulate ? 8 : 4) : &beta;
+    return cublasLtMatmul(gpu.blas, plan->operation, alpha_at, gemm_operand(args->b), plan->b, gemm_operand(args->a),
+                          plan->a, beta_at, out, plan->out, out, plan->out, algorithm, gpu.workspace,
+                          gpu.workspace_bytes, gpu.stream);
 }
 
 // milliseconds of one run, the best of five; a candidate that fails takes forever
@@ -79,6 +91,40 @@ static float gemm_time(const GemmPlan* plan, const cublasLtMatmulAlgo_t* algorit
     return best;
 }
 
+// alpha of an FP4 product, with the bases of its operands; a base of the row is not in it
+__global__ void gemm_fp4_alpha_kernel(float* alpha, float factor, const CarrierBase* a, const CarrierBase* b) {
+    *alpha = factor * ((a ? a->scale : 1.0f) * (b ? b->scale : 1.0f));
+}
+
+// what cuBLASLt asks of FP4 products, and the alpha that gemm_run names
+static void gemm_begin_fp4(const GemmArgs* args) {
+    const QTensor *a = args->a, *b = args->b;
+    check(gemm_format(a) == FORMAT_NVFP4 && gemm_format(b) == FORMAT_NVFP4,
+          "internal: an FP4 operand is multiplied with another format");
+    check(a->cols % 32 == 0 && (size_t)b->rows * real_bytes(args->out.type) % 16 == 0 &&
+              (uintptr_t)args->out.data % 16 == 0,
+          "the FP4 carrier multiplies %d x %d x %d only where the last is a multiple of 32 and a row of the result has "
+          "a multiple of 16 bytes; --carrier bf16 has no such rule", a->rows, b->rows, a->cols);
+    gemm_fp4_alpha_kernel<<<1, 1, 0, gpu.stream>>>(gpu.fp4_scalars, args->alpha * (a->owed * b->owed), a->base,
+                                                   b->base);
+    cuda_check_launch();
+}
+
+static void gemm_describe_fp4(GemmPlan* plan) {
+#if CUDART_VERSION >= 12080
+    cublasLtPointerMode_t pointers = CUBLASLT_POINTER_MODE_DEVICE;
+    cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3;
+    cublasLtMatmulDescAttributes_t modes[] = {CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_DESC_B_SCALE_MODE};
+    blas_check(cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_POINTER_MODE, &pointers,
+                                              sizeof pointers));
+    for (int i = 0; i < 2; i++) {
+        blas_check(cublasLtMatmulDescSetAttribute(plan->operation, modes[i], &mode, sizeof mode));
+    }
+#else
+    check(plan == NULL, "the FP4 carrier needs a build with CUDA 12.8 or newer");
+#endif
+}
+
 static void gemm_describe(GemmPlan* plan) {
     const GemmKey* k = &plan->key;
     cudaDataType_t out_type = k->out_type == REAL_F32 ? CUDA_R_32F : gemm_floatX_type();
@@ -91,6 +137,9 @@ static void gemm_describe(GemmPlan* plan) {
         int8_t fast = 1;
         blas_check(
             cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast));
+    }
+    if (k->a_format == FORMAT_NVFP4) {
+        gemm_describe_fp4(plan);
     }
     int64_t M = k->M, N = k->N, K = k->K;
     blas_check(cublasLtMatrixLayoutCreate(&plan->b, gemm_type(k->b_format), k->b_transposed ? N : K,
@@ -169,19 +218,24 @@ static void gemm_choose(GemmPlan* plan, const GemmArgs* args) {
     }
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(gpu.blas, plan->operation, plan->b, plan->a, plan->out,
                                                            plan->out, preference, GEMM_CANDIDATES, found, &count);
-    check(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt has no algorithm for a %d x %d x %d product",
-          plan->key.M, plan->key.N, plan->key.K);
+    check(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt has no algorithm for a %d x %d x %d product%s",
+          plan->key.M, plan->key.N, plan->key.K,
+          plan->key.a_format == FORMAT_NVFP4 ? " of the FP4 carrier; --carrier bf16 needs none" : "");
     cublasLtMatmulPreferenceDestroy(preference);
     gemm_choose_found(plan, args, found, count);
 }
 
-// The factors 2^base of the operands, in device memory. Before the plan is chosen: the heuristic wants to know of them.
+// The factors 2^base of the operands, in device memory, or tiles of scales. Before the plan is chosen: the heuristic
+// wants to know of them.
 static void gemm_set_scales(const GemmPlan* plan, const GemmArgs* args) {
     const QTensor* operands[] = {args->b, args->a};
     const cublasLtMatmulDescAttributes_t attributes[] = {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
                                                          CUBLASLT_MATMUL_DESC_B_SCALE_POINTER};
     for (int i = 0; i < 2; i++) {
-        const float* scale = operands[i]->base ? &operands[i]->base->scale : NULL;
+        const void* scale = operands[i]->base ? &operands[i]->base->scale : NULL;
+        if (gemm_format(operands[i]) == FORMAT_NVFP4) {
+            scale = nvfp4_tiles(operands[i]);
+        }
         if (gemm_format(operands[i]) != FORMAT_FLOATX) {
             blas_check(cublasLtMatmulDescSetAttribute(plan->operation, attributes[i], &scale, sizeof scale));
         }
@@ -199,7 +253,7 @@ static const GemmPlan* gemm_plan(const GemmArgs* args) {
                    b_format,
                    args->out.type,
                    args->accumulate,
-                   a_format != FORMAT_FLOATX && gemm_fast_accumulate,
+                   (a_format == FORMAT_E4M3 || a_format == FORMAT_E5M2) && gemm_fast_accumulate,
                    0};
     uintptr_t bits = (uintptr_t)gemm_operand(args->a) | (uintptr_t)gemm_operand(args->b) | (uintptr_t)args->out.data;
     for (key.alignment = 256; bits % (uintptr_t)key.alignment; key.alignment /= 2) {
@@ -223,6 +277,9 @@ static const GemmPlan* gemm_plan(const GemmArgs* args) {
 static void cuda_gemm(const GemmArgs* args) {
     check(gemm_operand(args->a) && gemm_operand(args->b), "internal: an operand without what the GPU multiplies");
     check(args->a->cols == args->b->cols, "internal: a GEMM contracts %d with %d", args->a->cols, args->b->cols);
+    if (gemm_format(args->a) == FORMAT_NVFP4 || gemm_format(args->b) == FORMAT_NVFP4) {
+        gemm_begin_fp4(args);
+    }
     const GemmPlan* plan = gemm_plan(args);
     blas_check(gemm_run(plan, &plan->algorithm, args->out.data, args));
 }
