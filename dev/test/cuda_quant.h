@@ -209,7 +209,8 @@ static void carrier_want_fp4(CarrierWant* want, const OperandCase* c) {
     want->count = qtensor_codes_bytes(c->rows, c->cols);
     want->tiles_at = nvfp4_tile_offset(c->rows, c->cols);
     want->tiles = nvfp4_tile_bytes(c->rows, c->cols);
-    cpu_fp4_operand(&q, &c->q);
+    int under = cpu_fp4_operand(&q, &c->q);
+    want->base.under = under;  // of the tensor, or of the rows together
 }
 
 static CarrierWant carrier_want(const OperandCase* c) {

@@ -24,8 +24,9 @@ static int cpu_fp4_group(uint8_t* to, const uint8_t* codes, int under) {
     return any;
 }
 
-// out->operand with its base, or bases of the rows, from source's codes and scales, which may be nvfp4_source(out)
-static void cpu_fp4_operand(const QTensor* out, const QTensor* source) {
+// out->operand with its base, or bases of the rows, from source's codes and scales, which may be nvfp4_source(out).
+// Returns the groups under the window with a code that is not zero.
+static int cpu_fp4_operand(const QTensor* out, const QTensor* source) {
     int rows = out->rows, groups = out->cols / GROUP, under = 0;
     uint8_t* tiles = nvfp4_tiles(out);
     check(out->carrier == FORMAT_NVFP4 && (out->base != NULL) != (out->row_scale != NULL) && out->cols % GROUP == 0,
@@ -50,4 +51,5 @@ static void cpu_fp4_operand(const QTensor* out, const QTensor* source) {
         int base = nvfp4_base(largest);
         *out->base = CarrierBase{ldexpf(1.0f, base), base, largest, out->base->under + under};
     }
+    return under;
 }
