@@ -518,15 +518,15 @@ static int run_training(Trainer* t, const Ops* ops) {
     return code;
 }
 
-// collectives of the device; who computes where
+// who computes where; collectives of the device
 static void start_ranks(Trainer* t, const Ops* ops) {
     Comm* comm = &t->run.comm;
+    ranks_print(comm, ops);
 #ifdef USE_MPI
     if (comm->size > 1) {
         comm->ops = backend_collectives(ops, comm, &t->run.config, run_wire_elements(&t->run));
     }
 #endif
-    ranks_print(comm, ops);
 }
 
 static int run_program(Trainer* t, int argc) {
@@ -542,6 +542,7 @@ static int run_program(Trainer* t, int argc) {
         return EXIT_DONE;
     }
     ranks_agree_options(comm, config);
+    ranks_planted(comm, config, "", 0);
     watch_start(comm, config->hang_seconds);
     int sampling = config->prompt[0] && !config->train_data[0] && !config->plan && !config->print_config;
     check_or(comm->size == 1 || (!sampling && !config->bench), EXIT_USAGE,

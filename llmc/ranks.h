@@ -68,7 +68,7 @@ static void ranks_print(const Comm* comm, const Ops* ops) {
     ops->identify(mine.id, sizeof mine.id);
     RankPlace* places = (RankPlace*)calloc_or_die(sizeof mine * (size_t)comm->size, "the table of ranks");
     comm_gather(comm, places, &mine, sizeof mine);
-    printf("ranks      %d, collectives by %s\n", comm->size, comm->ops->name);
+    printf("ranks      %d, collectives by %s\n", comm->size, ops->shares_memory ? "MPI" : "NCCL");
     for (int r = 0; comm->rank == 0 && r < comm->size; r++) {
         printf("  rank %-5d %-16s %s%s%s\n", r, places[r].host, places[r].device, places[r].id[0] ? ", " : "",
                places[r].id);

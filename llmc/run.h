@@ -125,6 +125,8 @@ static void run_check_ranges(const Config* c) {
         EXIT_USAGE,
         "--eps %g must be positive; --weight-decay %g, --grad-clip %g, --temperature %g, --max-minutes %g not negative",
         c->eps, c->weight_decay, c->grad_clip, c->temperature, c->max_minutes);
+    check_or(c->nccl_timeout > 0 && c->hang_seconds >= 0, EXIT_USAGE,
+             "--nccl-timeout %g must be positive, --hang-seconds %g not negative", c->nccl_timeout, c->hang_seconds);
     check_or(c->keep >= 2, EXIT_USAGE,
              "--keep %lld: at least 2 checkpoints are kept, so that a damaged one has a predecessor",
              (long long)c->keep);

@@ -5,7 +5,8 @@ source "$(dirname "$0")/lib.sh"
 need_mpirun
 make_shards data
 run=("${SMALL[@]}" --batch-size 2 --recipe quartet --bwd-rounding sr --steps 24)
-forever=("${SMALL[@]}" --batch-size 2 --recipe bf16 --schedule constant --steps 100000)
+longer=("${SMALL[@]}" --batch-size 2 --recipe quartet --bwd-rounding sr --steps 150)
+forever=("${SMALL[@]}" --batch-size 2 --recipe bf16 --schedule constant --steps 100000 --max-minutes 0.5)
 
 # expect_words NAME CODE GOT WORDS: exit code, and words of a line of err.txt of ours; mpirun adds lines of its own
 expect_words() {
@@ -16,12 +17,15 @@ expect_words() {
 # start N ARGUMENTS...: in the background, until its first step is through; mpirun in $job, its ranks in ${pids[@]}
 start() {
     local n=$1; shift
+    rm -f out.txt
     "${LAUNCH[@]}" -np "$n" "$TRAIN" "$@" >out.txt 2>err.txt &
     job=$!
     background+=($job)
     for _ in $(seq 200); do grep -qs '^step ' out.txt && break; sleep 0.05; done
     mapfile -t pids < <(pgrep -P "$job")
 }
+# signal_rank SIGNAL N: to rank N of the job, unless it is over
+signal_rank() { [ ${#pids[@]} -le "$2" ] || kill -"$1" "${pids[$2]}"; }
 # finish_job: its exit code in got, seconds it took in took
 finish_job() {
     local begin=${EPOCHREALTIME/./}
@@ -33,32 +37,32 @@ finish_job() {
 # ---------------------------------------------------------------------------------------------------------------------
 # kills and signals: what is saved is the run that was not disturbed, to the bit
 
-ranks 2 "${run[@]}" --out ref >/dev/null 2>&1
+ranks 2 "${longer[@]}" --out ref >/dev/null 2>&1
 check "the undisturbed run is whole" compare whole ref
 start 3 "${forever[@]}" --out killed --save-every 0
-kill -9 "${pids[1]}"; finish_job
+signal_rank 9 1; finish_job
 check "kill -9 of a rank ends the job" test $got -ne 0 -a $got -ne 75
 check "within 5 s" test "$took" -le 5
 check "and names it" grep -q "rank 1 .*is lost: its process ended" err.txt
 start 3 "${forever[@]}" --out killed --save-every 0
-kill -9 "${pids[0]}"; finish_job
+signal_rank 9 0; finish_job
 check "kill -9 of rank 0 ends the job within 5 s" test $got -ne 0 -a "$took" -le 5
 check "and names it" grep -q "rank 0 .*is lost" err.txt
 
 # one signal to mpirun, which hands it on; one to a single rank; a time limit; kills in the middle
-"${MPIRUN[@]}" -np 2 "$TRAIN" "${run[@]}" --out stopped --save-every 0 --max-minutes 1e-9 >out.txt 2>err.txt
+ranks 2 "${longer[@]}" --out stopped --save-every 0 --max-minutes 1e-9 >out.txt 2>err.txt
 check "--max-minutes: exit 75" test $? -eq 75
 check "after one step" test "$(compare newest stopped)" = 1
 for words in "USR1 to mpirun" "TERM to one rank" "KILL to one rank"; do
-    start 2 "${run[@]}" --out stopped --save-every 1
-    case $words in *mpirun) kill -USR1 "$job" ;; *) kill -"${words%% *}" "${pids[1]}" ;; esac
+    start 2 "${longer[@]}" --out stopped --save-every 5
+    case $words in *mpirun) kill -USR1 "$job" ;; *) signal_rank "${words%% *}" 1 ;; esac
     finish_job
     step=$(compare newest stopped)
     if [ $got -eq 0 ]; then skip "SIG$words" "the run was over before the signal came"
     elif [[ $words == KILL* ]]; then check "SIG$words: a checkpoint stands" test "$step" -ge 1 -a $got -ne 75
     else check "SIG$words: saves and exits 75" test $got -eq 75 -a -n "$(grep "stopped .* step $step of" out.txt)"; fi
 done
-ranks 2 "${run[@]}" --out stopped >/dev/null 2>&1
+ranks 2 "${longer[@]}" --out stopped >/dev/null 2>&1
 check "and to the end: the bits of the undisturbed run" compare same_files ref stopped
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ ranks 3 "${run[@]}" --out hang --plant hang:1:5 --hang-seconds 2 >out.txt 2>err.
 expect_words "a hang" 124 $got "rank 1 .*nothing moved for .* after step 4, in: a planted hang"
 check "every rank says where it stands" test "$(grep -c 'nothing moved for' err.txt)" -eq 3 -a -z "$(grep 'not answer' err.txt)"
 start 3 "${forever[@]}" --out hang --resume never --hang-seconds 2
-kill -STOP "${pids[2]}"; finish_job
+signal_rank STOP 2; finish_job
 expect_words "a stopped process" 124 $got "rank 2 .*does not answer"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,6 +122,8 @@ expect_words "a batch that does not divide" 2 $got "--batch-tokens 384 is not a 
 check "one line for all ranks" test "$(grep -c '^train_llama:' err.txt)" -eq 1
 "${MPIRUN[@]}" -np 1 "$TRAIN" "${run[@]}" --out bad : -np 1 "$TRAIN" "${run[@]}" --out bad --lr 1 >out.txt 2>err.txt; got=$?
 expect_words "other options on one rank" 2 $got "rank 1 .*differs.*'--lr 1', not '--lr auto'"
+check_exit "a fault that is none" 2 "--plant is 'nun:1:2'" "${run[@]}" --plant nun:1:2
+check_exit "no time for NCCL" 2 "--nccl-timeout 0" "${run[@]}" --nccl-timeout 0
 mkdir here there; cp -r data here/; cp -r data there/
 printf 'x' | dd of=there/data/train_000000.bin bs=1 seek=1100 conv=notrunc status=none
 away=("${run[@]}" --train-data data --out "$WORK/bad")
@@ -142,7 +148,8 @@ if unshare --uts true 2>/dev/null; then
     two=("${MPIRUN[@]}" --mca plm_rsh_agent "$WORK/agent.sh" --host "$(hostname):1,elsewhere:1" -np 2)
     "${two[@]}" "$TRAIN" "${run[@]}" --out hosts >out.txt 2>err.txt
     check "two hosts" grep -q '^  rank 1 .*elsewhere' out.txt
-    check "are the run of one" compare same_run ref hosts
+    ranks 2 "${run[@]}" --out host >/dev/null 2>&1
+    check "are the run of one host" compare same_run host hosts
     "${two[@]}" "$TRAIN" "${forever[@]}" --out far --plant hang:1:5 --hang-seconds 2 >out.txt 2>err.txt; got=$?
     expect_words "a hang elsewhere" 124 $got "rank 1 (elsewhere): nothing moved"
 else
