@@ -8,7 +8,8 @@
 #include "model_config.h"
 
 // What forward does not keep and backward makes again, bit for bit the same: nothing; what no product is needed for
-// (both norms' outputs, SwiGLU's output); also the gate and up product; everything but the block's entry.
+// (the norms' and SwiGLU's outputs, the four quantized operands); also the gate and up product; everything but the
+// block's entry.
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORM, RECOMPUTE_FFN, RECOMPUTE_BLOCK, RECOMPUTE_LEVELS } Recompute;
 static const char* const RECOMPUTE_NAMES[RECOMPUTE_LEVELS] = {"none", "norm", "ffn", "block"};
 
@@ -25,7 +26,7 @@ static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 
 typedef struct {
     floatX* inp;         // (BT, C) residual stream at the block's entry
     float* rstd1;        // (BT)
-    floatX* norm1;       // (BT, C), quantizing recipes never keep it: their operand stands for it
+    floatX* norm1;       // (BT, C), quantizing recipes never keep it: their operand stands for it, where that is kept
     floatX* qkv;         // (BT, A + 2 KV) after rope
     float* lse;          // (B, NH, T)
     floatX* att;         // (BT, A)
@@ -140,7 +141,7 @@ static void model_layout_block(Model* model, Arena* arena, int l, SharedBuffer* 
     size_t BT = (size_t)model->B * model->T, A = (size_t)m->NH * m->HS, KV = (size_t)m->NKV * m->HS;
     Recompute recompute = model->training.recompute;
     BlockActivations* b = &model->blocks[l];
-    int outputs = block_is_dense(model, l) && recompute < RECOMPUTE_NORM;
+    int dense = block_is_dense(model, l), kept = recompute < RECOMPUTE_NORM, outputs = dense && kept;
     int ffn = recompute < RECOMPUTE_FFN, block = recompute < RECOMPUTE_BLOCK;
     b->inp = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
 #define TAKE(keep, field, type, count) \
@@ -157,8 +158,7 @@ static void model_layout_block(Model* model, Arena* arena, int l, SharedBuffer* 
     TAKE(outputs, act, floatX, BT * m->F);
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         const Linear* linear = &model->linears[l * LINEAR_KINDS + kind];
-        TAKE(block_is_dense(model, l) || (kind == LINEAR_DOWN ? ffn : block), x_memory[kind], char,
-             qtensor_bytes(&linear->recipe->x, (int)BT, linear->C));
+        TAKE(dense || kept, x_memory[kind], char, qtensor_bytes(&linear->recipe->x, (int)BT, linear->C));
     }
 #undef TAKE
 }

@@ -97,6 +97,7 @@ typedef struct {
     const uint64_t* position;  // in device memory, ORed into both streams: micro-batch << 32 | step; or NULL
     QuantStats* stats;       // added to; or NULL
     int32_t* row_under;      // where rows have bases: groups under their row's window are added; or NULL
+    int again;               // made once before: groups under a base's window are not counted a second time
 } QuantizeArgs;
 
 // Bytes of a quantized operand's parts. cols % 32 == 0.

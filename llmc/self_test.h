@@ -37,7 +37,7 @@ static int self_test_case(const Ops* ops, const SelfTestCase* test, const floatX
                          .round_stream = rand_stream(RAND_ROUND, 1, 2, 3),
                          .round_index = 2ull << 56, .position = NULL,
                          .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     ops->quantize(&args);
     ops->copy_to_host(host, device, bytes);
     Xxh64 hash = xxh64_begin(0);
@@ -92,7 +92,7 @@ static int self_test_gemm(const Ops* ops, const QuantSpec* spec, OperandId a_id,
                              .round_index = 0,
                              .position = NULL,
                              .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
         ops->quantize(&args);
         ops->copy_to_host(host[i], device[i], bytes);
     }

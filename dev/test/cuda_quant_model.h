@@ -240,22 +240,32 @@ static void quant_test_gradients(Model* model, const QuantReference* r) {
     quant_run_free(&got), quant_run_free(&again), quant_run_free(&elsewhere);
 }
 
-// gradients depend neither on what is made again nor on telemetry
+// gradients depend neither on what is made again nor on telemetry, which counts once
 static void quant_test_recompute(const QuantReference* r) {
-    const Recompute levels[] = {RECOMPUTE_NONE, RECOMPUTE_FFN, RECOMPUTE_BLOCK, RECOMPUTE_NONE};
     QuantRun want = {};
-    for (int i = 0; i < 4; i++) {
+    LinearTelemetry counted = {};
+    for (int i = 0; i < 2 * RECOMPUTE_LEVELS; i++) {
+        int level = i / 2, observe = i % 2;
         Model model;
-        quant_model_gpu(&model, r, levels[i]);
+        quant_model_gpu(&model, r, (Recompute)level);
+        const char* what = label("HS %d, carrier %s, --recompute %s, telemetry %d", model.config.HS,
+                                 gpu.carrier->name, RECOMPUTE_NAMES[level], observe);
         size_t bytes = model.table.elements * sizeof(float);
-        model.linear.telemetry = i == 3 ? model.telemetry : NULL;
+        model_begin_telemetry(&model, observe);
         QuantRun got = quant_run(&model, 0);
+        if (observe) {
+            LinearTelemetry t = model_read_telemetry(&model, 1);
+            counted = level == 0 ? t : counted;
+            for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+                expect(t.x[kind].count == counted.x[kind].count && t.x[kind].zero == counted.x[kind].zero &&
+                           !memcmp(t.under[kind], counted.under[kind], sizeof t.under[kind]),
+                       "%s: what is made again is counted again", what);
+            }
+        }
         if (i == 0) {
             want = got;
         } else {
-            expect_bits((char*)got.grads, want.grads, bytes,
-                        label("HS %d, carrier %s, --recompute %s, telemetry %d: gradients", model.config.HS,
-                              gpu.carrier->name, RECOMPUTE_NAMES[levels[i]], i == 3));
+            expect_bits((char*)got.grads, want.grads, bytes, label("%s: gradients", what));
             quant_run_free(&got);
         }
         model_free(&model);

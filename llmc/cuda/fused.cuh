@@ -75,6 +75,7 @@ static QuantizeJob fused_job(const QuantizeArgs* args, const floatX* source, int
     job.mask = out->mask;
     job.operand = out->operand;
     job.base = out->operand && out->carrier != FORMAT_FLOATX ? out->base : NULL;
+    job.again = args->again;
     job.owed = out->owed;
     return job;
 }

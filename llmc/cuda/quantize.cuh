@@ -348,10 +348,11 @@ template <int STAGES> static void quantize_launch(const QuantizeArgs* args, int 
                        .saved_scales = from_saved ? saved->scales : NULL, .codes = out->codes, .scales = out->scales,
                        .mask = out->mask, .operand = out->operand, .base = fp8 ? out->base : NULL,
                        .row_scale = fp8 ? out->row_scale : NULL,
-                       .row_under = args->row_under, .seed = args->seed, .sign_stream = args->sign_stream,
-                       .sign_index = args->sign_index, .round_stream = args->round_stream,
-                       .round_index = args->round_index, .position = args->position, .owed = out->owed,
-                       .stats = args->stats, .keys = philox_keys(args->seed)};
+                       .row_under = args->row_under, .again = args->again, .seed = args->seed,
+                       .sign_stream = args->sign_stream, .sign_index = args->sign_index,
+                       .round_stream = args->round_stream, .round_index = args->round_index,
+                       .position = args->position, .owed = out->owed, .stats = args->stats,
+                       .keys = philox_keys(args->seed)};
     if (out->rows == 0 || out->cols == 0) {
         return;
     }

@@ -26,6 +26,7 @@ typedef struct {
     CarrierBase* base;
     float* row_scale;
     int32_t* row_under;              // with row_scale, or NULL
+    int again;                       // groups under the window were counted before
     uint64_t seed, sign_stream, sign_index, round_stream, round_index;
     const uint64_t* position;
     float owed;
@@ -110,7 +111,7 @@ __device__ __forceinline__ void base_end(const QuantizeJob& job, BaseUse* use) {
         if (!job.check) {
             atomicMax(&job.base->largest, largest);
         }
-        if (under) {
+        if (under && !job.again) {
             atomicAdd(&job.base->under, under);
         }
     }
