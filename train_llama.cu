@@ -272,8 +272,8 @@ static void print_header(const Trainer* t, const Ops* ops) {
     printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps,
            run_tokens, (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule,
            (long long)c->warmup_steps);
-    printf("memory     %sB for the model (--plan lists it); recompute %s; gradients %s, AdamW %s\n", memory,
-           c->recompute, c->grad_dtype, c->adam_dtype);
+    printf("memory     %sB for the model (--plan lists it); recompute %s; gate+up %s, gradients %s, AdamW %s\n",
+           memory, c->recompute, c->gate_up_dtype, c->grad_dtype, c->adam_dtype);
     printf("out        %s\n", t->run.out);
     fflush(stdout);
 }

@@ -54,11 +54,12 @@ static void bench_attention_backward(Model* model) {
 }
 static void bench_swiglu(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->swiglu_forward(b->act, b->gate_up, bench_tokens(model), model->config.F);
+    model->ops->swiglu_forward(b->act, MXFP8_NONE, b->gate_up, bench_tokens(model), model->config.F);
 }
 static void bench_swiglu_backward(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];
-    model->ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, bench_tokens(model), model->config.F);
+    model->ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, MXFP8_NONE, bench_tokens(model),
+                                model->config.F);
 }
 static void bench_add_rmsnorm(Model* model) {
     BlockActivations* b = &model->blocks[BENCH_BLOCK];

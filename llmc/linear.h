@@ -193,16 +193,16 @@ static QTensor linear_norm_input(const LinearContext* ctx, const Linear* linear,
     return linear_input(ctx, linear, memory, norm, BT);
 }
 
-// The same behind SwiGLU of gate_up (BT, 2C); act (BT, C) as norm above
+// The same behind SwiGLU of gate_up (BT, 2C), which goes to kept, too, where there is one; act (BT, C) as norm above
 static QTensor linear_swiglu_input(const LinearContext* ctx, const Linear* linear, void* memory, floatX* act,
-                                   const floatX* gate_up, int BT) {
+                                   Mxfp8 kept, const floatX* gate_up, int BT) {
     if (linear->recipe->x.format == FORMAT_MXFP4 && !ctx->telemetry) {
         QTensor x;
         QuantizeArgs args = linear_operand_args(ctx, OPERAND_X, linear, &x, memory, ctx->operand_a, BT, linear->C);
-        ctx->ops->swiglu_quantize(&args, act, gate_up, BT, linear->C);
+        ctx->ops->swiglu_quantize(&args, act, kept, gate_up, BT, linear->C);
         return x;
     }
-    ctx->ops->swiglu_forward(act, gate_up, BT, linear->C);
+    ctx->ops->swiglu_forward(act, kept, gate_up, BT, linear->C);
     return linear_input(ctx, linear, memory, act, BT);
 }
 

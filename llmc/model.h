@@ -57,7 +57,8 @@ static void model_enter_o(Model* model, const LinearContext* ctx, int l) {
 static void model_enter_down(Model* model, const LinearContext* ctx, int l) {
     BlockActivations* b = &model->blocks[l];
     b->x[LINEAR_DOWN] = linear_swiglu_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN],
-                                            b->x_memory[LINEAR_DOWN], b->act, b->gate_up, model->B * model->T);
+                                            b->x_memory[LINEAR_DOWN], b->act, b->kept, b->gate_up,
+                                            model->B * model->T);
 }
 
 // from the operand of qkv to that of down
@@ -116,7 +117,9 @@ static void model_rebuild_block(Model* model, int l) {
     if (recompute == RECOMPUTE_FFN) {
         linear_product(&again, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
     }
-    model_enter_down(model, &packed, l);
+    if (!b->kept.codes) {
+        model_enter_down(model, &packed, l);
+    }
 }
 
 // losses of all rows; where with_grad, dnorm (BT, C) = gradient of final_norm and the head's gradient +=
@@ -233,9 +236,10 @@ static void model_backward_block(Model* model, int l) {
     model_rebuild_block(model, l);
     Owed owed = linear_backward_owed(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
     if (owed.rotated) {
-        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up, BT, m->F);
+        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up, b->kept, BT,
+                                      m->F);
     } else {
-        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
+        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->kept, BT, m->F);
     }
     owed =
         linear_backward_owed(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
