@@ -40,19 +40,26 @@ static double bench_made_bytes(const QTensor* q) {
            (q->operand ? elements * (q->carrier == FORMAT_FLOATX ? (double)sizeof(floatX) : 1.0) : 0.0);
 }
 
+// what backward keeps of gate and up where that is not gate_up itself
+static double bench_kept_bytes(const Bench* bench) {
+    size_t BT = (size_t)bench_tokens(bench->model), F = (size_t)bench->model->config.F;
+    return bench_block(bench)->kept.codes ? (double)mxfp8_bytes(BT, 2 * F) : 0.0;
+}
+
 // Of the blocks that are as the timed one, quantized or dense, so many are entered behind a residual add, and backward
-// makes so many of them again: whole, or their gate+up product and what follows it.
-typedef struct { double blocks, added, rebuilt_block, rebuilt_ffn; } BlockCalls;
+// makes so many of them again: whole, or their packed operands, with the gate+up product or without.
+typedef struct { double blocks, added, rebuilt_block, rebuilt_packed, rebuilt_ffn; } BlockCalls;
 static BlockCalls bench_calls(const Bench* bench) {
     const Model* model = bench->model;
     Recompute recompute = model->training.recompute;
-    BlockCalls n = {0, 0, 0, 0};
+    BlockCalls n = {0, 0, 0, 0, 0};
     for (int l = 0; l < model->config.L; l++) {
         if (block_is_dense(model, l) == block_is_dense(model, bench->block)) {
             int last = l + 1 == model->config.L;
             n.blocks += 1;
             n.added += l > 0;
             n.rebuilt_block += recompute == RECOMPUTE_BLOCK && !last;
+            n.rebuilt_packed += (recompute == RECOMPUTE_NORM || recompute == RECOMPUTE_FFN) && !last;
             n.rebuilt_ffn += recompute == RECOMPUTE_FFN && !last;
         }
     }
@@ -70,31 +77,33 @@ static void table_add(LinearTable* table, const char* name, BenchPart part, void
 
 // how x is made; a pass stands behind the operation that has it within it
 static void table_add_x(LinearTable* t, const Bench* bench, BlockCalls n, double inp, double x) {
-    double again = n.rebuilt_block;
+    double again = n.rebuilt_block, packed = n.rebuilt_packed, kept = bench_kept_bytes(bench);
     switch (bench->kind) {
     case LINEAR_QKV:
         table_add(t, "add + rmsnorm + quantize x", PART_QUANTIZE, bench_enter_added, n.added, 0, 3 * inp + x);
         table_add(t, "add + rmsnorm", PART_PASS, bench_add_rmsnorm, n.added, 0, 4 * inp);
-        table_add(t, "rmsnorm + quantize x", PART_QUANTIZE, bench_enter, n.blocks - n.added + again, 0, inp + x);
-        table_add(t, "rmsnorm", PART_PASS, bench_rmsnorm, n.blocks - n.added + again, 0, 2 * inp);
+        table_add(t, "rmsnorm + quantize x", PART_QUANTIZE, bench_enter, n.blocks - n.added + again + packed, 0,
+                  inp + x);
+        table_add(t, "rmsnorm", PART_PASS, bench_rmsnorm, n.blocks - n.added + again + packed, 0, 2 * inp);
         break;
     case LINEAR_GATE_UP:
         table_add(t, "add + rmsnorm + quantize x", PART_QUANTIZE, bench_middle_added, n.blocks + again, 0, 3 * inp + x);
         table_add(t, "add + rmsnorm", PART_PASS, bench_add_rmsnorm, n.blocks + again, 0, 4 * inp);
-        table_add(t, "rmsnorm + quantize x", PART_QUANTIZE, bench_middle, n.rebuilt_ffn, 0, inp + x);
-        table_add(t, "rmsnorm", PART_PASS, bench_rmsnorm, n.rebuilt_ffn, 0, 2 * inp);
+        table_add(t, "rmsnorm + quantize x", PART_QUANTIZE, bench_middle, packed, 0, inp + x);
+        table_add(t, "rmsnorm", PART_PASS, bench_rmsnorm, packed, 0, 2 * inp);
         break;
     case LINEAR_DOWN:
-        again += n.rebuilt_ffn;
-        table_add(t, "swiglu + quantize x", PART_QUANTIZE, bench_swiglu_x, n.blocks + again, 0, 2 * inp + x);
-        table_add(t, "swiglu", PART_PASS, bench_swiglu, n.blocks + again, 0, 3 * inp);
+        again += kept > 0 ? 0 : packed;
+        table_add(t, "swiglu + quantize x", PART_QUANTIZE, bench_swiglu_x, n.blocks + again, 0, 2 * inp + kept + x);
+        table_add(t, "swiglu", PART_PASS, bench_swiglu, n.blocks + again, 0, 3 * inp + kept);
         break;
-    default: table_add(t, "quantize x", PART_QUANTIZE, bench_quantize_x, n.blocks + again, 0, inp + x);
+    default: table_add(t, "quantize x", PART_QUANTIZE, bench_quantize_x, n.blocks + again + packed, 0, inp + x);
     }
 }
 
 static void table_add_finish(LinearTable* t, const Bench* bench, double blocks, double inp) {
-    double mask = bench->owed.mask ? inp / sizeof(floatX) / 8 : 0.0;
+    double mask = bench->owed.mask ? inp / sizeof(floatX) / 8 : 0.0, kept = bench_kept_bytes(bench);
+    double gate_up = kept > 0 ? kept : 2 * inp;
     switch (bench->kind) {
     case LINEAR_QKV:
     case LINEAR_GATE_UP:
@@ -102,8 +111,8 @@ static void table_add_finish(LinearTable* t, const Bench* bench, double blocks, 
         table_add(t, "rmsnorm backward", PART_PASS, bench_rmsnorm_backward, blocks, 0, 4 * inp);
         break;
     case LINEAR_DOWN:
-        table_add(t, "unrotate + swiglu backward", PART_FINISH, bench_finish, blocks, 0, 5 * inp + mask);
-        table_add(t, "swiglu backward", PART_PASS, bench_swiglu_backward, blocks, 0, 5 * inp);
+        table_add(t, "unrotate + swiglu backward", PART_FINISH, bench_finish, blocks, 0, 3 * inp + gate_up + mask);
+        table_add(t, "swiglu backward", PART_PASS, bench_swiglu_backward, blocks, 0, 3 * inp + gate_up);
         break;
     default: table_add(t, "unrotate", PART_FINISH, bench_finish, blocks, 0, 2 * inp + mask);
     }

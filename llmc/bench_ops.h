@@ -70,8 +70,8 @@ static void bench_refresh(Bench* bench) {
     model->weights_quantized = 0;
     model_run_forward(model, 1.0f / (float)bench_tokens(model), 1);
     model_backward(model);
-    model_enter_block(model, bench->block, bench_block(bench)->inp, NULL);
-    model_forward_block_inside(model, bench->block);
+    model_enter_block(model, &model->linear, bench->block, bench_block(bench)->inp, NULL);
+    model_forward_block_inside(model, &model->linear, bench->block);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -99,12 +99,12 @@ static void bench_rmsnorm_backward(Bench* bench) {
 }
 static void bench_swiglu(Bench* bench) {
     BlockActivations* b = bench_block(bench);
-    bench->model->ops->swiglu_forward(b->act, b->gate_up, bench_tokens(bench->model), bench->model->config.F);
+    bench->model->ops->swiglu_forward(b->act, b->kept, b->gate_up, bench_tokens(bench->model), bench->model->config.F);
 }
 static void bench_swiglu_backward(Bench* bench) {
     Model* model = bench->model;
-    model->ops->swiglu_backward(model->dgate_up, model->dact, bench_block(bench)->gate_up, bench_tokens(model),
-                                model->config.F);
+    model->ops->swiglu_backward(model->dgate_up, model->dact, bench_block(bench)->gate_up, bench_block(bench)->kept,
+                                bench_tokens(model), model->config.F);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -132,12 +132,12 @@ static void bench_enter_added(Bench* bench) {
                                          (float)model->config.rms_eps);
 }
 static void bench_enter(Bench* bench) {
-    model_enter_block(bench->model, bench->block, bench_block(bench)->inp, NULL);
+    model_enter_block(bench->model, &bench->model->linear, bench->block, bench_block(bench)->inp, NULL);
 }
 static void bench_middle_added(Bench* bench) {
-    model_norm_middle(bench->model, bench->block, bench->model->projection);
+    model_norm_middle(bench->model, &bench->model->linear, bench->block, bench->model->projection);
 }
-static void bench_middle(Bench* bench) { model_norm_middle(bench->model, bench->block, NULL); }
+static void bench_middle(Bench* bench) { model_norm_middle(bench->model, &bench->model->linear, bench->block, NULL); }
 static void bench_quantize_x(Bench* bench) {
     BlockActivations* b = bench_block(bench);
     b->x[bench->kind] = linear_input(&bench->model->linear, bench_linear(bench), b->x_memory[bench->kind],
@@ -146,7 +146,7 @@ static void bench_quantize_x(Bench* bench) {
 static void bench_swiglu_x(Bench* bench) {
     BlockActivations* b = bench_block(bench);
     b->x[LINEAR_DOWN] = linear_swiglu_input(&bench->model->linear, bench_linear(bench), b->x_memory[LINEAR_DOWN],
-                                            b->act, b->gate_up, bench_tokens(bench->model));
+                                            b->act, b->kept, b->gate_up, bench_tokens(bench->model));
 }
 static void bench_forward(Bench* bench) {
     linear_product(&bench->model->linear, bench_linear(bench), bench_buffers(bench).out,
@@ -196,8 +196,8 @@ static void bench_finish(Bench* bench) {
     case LINEAR_QKV: model_norm_backward(model, *owed, P_NORM1, bench->block, b->inp, b->rstd1); break;
     case LINEAR_GATE_UP: model_norm_backward(model, *owed, P_NORM2, bench->block, b->mid, b->rstd2); break;
     case LINEAR_DOWN:
-        model->ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed->mask, owed->row_scale, b->gate_up, BT,
-                                             model->config.F);
+        model->ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed->mask, owed->row_scale, b->gate_up,
+                                             b->kept, BT, model->config.F);
         break;
     default:
         model->ops->unrotate(real_floatX(bench_buffers(bench).dinp), owed->mask, owed->row_scale, BT,

@@ -39,6 +39,7 @@ typedef struct {
     const uint64_t* position;    // on the device: StepControl.position, which random numbers derive from
     void *operand_a, *operand_b; // scratch of linear_scratch_bytes each: operands live here for one GEMM
     LinearTelemetry* telemetry;  // on the device, or NULL
+    int again;                   // operands are made once more, for backward: nothing is counted
 } LinearContext;
 
 static const QuantSpec* recipe_spec(const Recipe* r, OperandId id) {
@@ -85,8 +86,8 @@ static CarrierBase* linear_base(const LinearContext* ctx, const Linear* linear, 
     return ctx->bases ? &ctx->bases[(linear->layer * LINEAR_KINDS + linear->kind) * OPERANDS + id] : NULL;
 }
 
-// where an operand's parts lie: codes, scales and mask over `kept` (or nowhere, where NULL), the carrier's elements
-// over `scratch`
+// where an operand's parts lie: codes, scales and mask over `kept`, the carrier's elements over `scratch`; each nowhere
+// where NULL
 static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, const Linear* linear,
                                      const QuantSpec* spec, int rows, int cols, void* kept, void* scratch) {
     CarrierBase* base = linear_base(ctx, linear, id);
@@ -102,6 +103,9 @@ static QTensor linear_operand_memory(const LinearContext* ctx, OperandId id, con
     }
     out.carrier = ctx->carrier->format[id];
     out.operand = scratch;
+    if (!scratch) {
+        return out;
+    }
     if (ctx->carrier->row_base[id]) {
         size_t bytes = (size_t)round_up((int64_t)carrier_operand_bytes(ctx->carrier, id, rows, cols), 256);
         out.row_scale = (float*)((char*)scratch + bytes);
@@ -131,7 +135,8 @@ static QuantizeArgs linear_operand_args(const LinearContext* ctx, OperandId id, 
                           .round_index = (kind * 8 + (uint64_t)id) << 56,
                           .position = ctx->position,
                           .stats = NULL,
-                          .row_under = NULL};
+                          .row_under = NULL,
+                          .again = ctx->again};
 }
 
 // The operand (rows, cols) as the recipe's spec makes it of tensor, or of saved where the spec says so. transposed: the
@@ -165,7 +170,7 @@ static QuantStats* linear_stats(const LinearContext* ctx, const Linear* linear) 
 }
 
 // The operand x of inp (BT, C). memory: qtensor_bytes(x), what backward needs of it; a view of inp where the recipe is
-// dense. What the carrier multiplies lies in scratch until the next operand is made.
+// dense. What the carrier multiplies lies in scratch until the next operand is made; operand_a NULL: it is not made.
 static QTensor linear_input(const LinearContext* ctx, const Linear* linear, void* memory, const floatX* inp, int BT) {
     return linear_operand(ctx, OPERAND_X, linear, memory, ctx->operand_a, BT, linear->C, inp, NULL, 0,
                           linear_stats(ctx, linear));
@@ -191,16 +196,16 @@ static QTensor linear_norm_input(const LinearContext* ctx, const Linear* linear,
     return linear_input(ctx, linear, memory, norm, BT);
 }
 
-// The same behind SwiGLU of gate_up (BT, 2C); act (BT, C) as norm above
+// The same behind SwiGLU of gate_up (BT, 2C), which goes to kept, too, where there is one; act (BT, C) as norm above
 static QTensor linear_swiglu_input(const LinearContext* ctx, const Linear* linear, void* memory, floatX* act,
-                                   const floatX* gate_up, int BT) {
+                                   Mxfp8 kept, const floatX* gate_up, int BT) {
     if (linear->recipe->x.format == FORMAT_MXFP4 && !ctx->telemetry) {
         QTensor x;
         QuantizeArgs args = linear_operand_args(ctx, OPERAND_X, linear, &x, memory, ctx->operand_a, BT, linear->C);
-        ctx->ops->swiglu_quantize(&args, act, gate_up, BT, linear->C);
+        ctx->ops->swiglu_quantize(&args, act, kept, gate_up, BT, linear->C);
         return x;
     }
-    ctx->ops->swiglu_forward(act, gate_up, BT, linear->C);
+    ctx->ops->swiglu_forward(act, kept, gate_up, BT, linear->C);
     return linear_input(ctx, linear, memory, act, BT);
 }
 

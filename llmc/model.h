@@ -31,50 +31,61 @@ static void model_quantize_weights(Model* model) {
 }
 
 // the entry of block l, which is a + b (b NULL: what stands there), behind its first norm: the operand of qkv
-static void model_enter_block(Model* model, int l, const floatX* a, const floatX* b) {
+static void model_enter_block(Model* model, const LinearContext* ctx, int l, const floatX* a, const floatX* b) {
     BlockActivations* block = &model->blocks[l];
-    block->x[LINEAR_QKV] = linear_norm_input(
-        &model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_QKV], block->x_memory[LINEAR_QKV], block->norm1,
-        block->inp, block->rstd1, a, b, model_weight(model, P_NORM1, l), model->B * model->T,
-        (float)model->config.rms_eps);
+    block->x[LINEAR_QKV] = linear_norm_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_QKV],
+                                             block->x_memory[LINEAR_QKV], block->norm1, block->inp, block->rstd1, a, b,
+                                             model_weight(model, P_NORM1, l), model->B * model->T,
+                                             (float)model->config.rms_eps);
 }
 
 // the operand of gate+up: of mid = inp + b, or of mid as it stands where b is NULL
-static void model_norm_middle(Model* model, int l, const floatX* b) {
+static void model_norm_middle(Model* model, const LinearContext* ctx, int l, const floatX* b) {
     BlockActivations* block = &model->blocks[l];
     block->x[LINEAR_GATE_UP] = linear_norm_input(
-        &model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], block->x_memory[LINEAR_GATE_UP],
-        block->norm2, block->mid, block->rstd2, b ? block->inp : block->mid, b, model_weight(model, P_NORM2, l),
-        model->B * model->T, (float)model->config.rms_eps);
+        ctx, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], block->x_memory[LINEAR_GATE_UP], block->norm2,
+        block->mid, block->rstd2, b ? block->inp : block->mid, b, model_weight(model, P_NORM2, l), model->B * model->T,
+        (float)model->config.rms_eps);
+}
+
+// the operands of o and down, of what their inputs are made of
+static void model_enter_o(Model* model, const LinearContext* ctx, int l) {
+    BlockActivations* b = &model->blocks[l];
+    b->x[LINEAR_O] = linear_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_O], b->x_memory[LINEAR_O], b->att,
+                                  model->B * model->T);
+}
+static void model_enter_down(Model* model, const LinearContext* ctx, int l) {
+    BlockActivations* b = &model->blocks[l];
+    b->x[LINEAR_DOWN] = linear_swiglu_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN],
+                                            b->x_memory[LINEAR_DOWN], b->act, b->kept, b->gate_up,
+                                            model->B * model->T);
 }
 
 // from the operand of qkv to that of down
-static void model_forward_block_inside(Model* model, int l) {
+static void model_forward_block_inside(Model* model, const LinearContext* ctx, int l) {
     const Ops* ops = model->ops;
-    const LinearContext* ctx = &model->linear;
     BlockActivations* b = &model->blocks[l];
     const Linear* linears = model->linears + l * LINEAR_KINDS;
-    int BT = model->B * model->T;
     AttentionShape shape = attention_shape(model, model->B, model->T);
     linear_product(ctx, &linears[LINEAR_QKV], b->qkv, &b->x[LINEAR_QKV]);
     ops->rope(b->qkv, model->rope_table, shape, 0, 0);
     ops->attention_forward(b->att, b->lse, b->qkv, shape);
-    linear_forward(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O], b->x_memory[LINEAR_O], b->att, BT);
-    model_norm_middle(model, l, model->projection);
+    model_enter_o(model, ctx, l);
+    linear_product(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O]);
+    model_norm_middle(model, ctx, l, model->projection);
     linear_product(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
-    b->x[LINEAR_DOWN] =
-        linear_swiglu_input(ctx, &linears[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act, b->gate_up, BT);
+    model_enter_down(model, ctx, l);
 }
 
 // From the operand of qkv to that of the next block: each residual add is one operation with the norm behind it.
 static void model_forward_block(Model* model, int l) {
     const ModelConfig* m = &model->config;
     BlockActivations* b = &model->blocks[l];
-    model_forward_block_inside(model, l);
+    model_forward_block_inside(model, &model->linear, l);
     linear_product(&model->linear, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN], model->projection,
                    &b->x[LINEAR_DOWN]);
     if (l + 1 < m->L) {
-        model_enter_block(model, l + 1, b->mid, model->projection);
+        model_enter_block(model, &model->linear, l + 1, b->mid, model->projection);
     } else {
         model->ops->add_rmsnorm_forward(model->out, model->final_norm, model->rstd_final, b->mid, model->projection,
                                         model_weight(model, P_NORM, -1), model->B * model->T, m->C,
@@ -82,32 +93,32 @@ static void model_forward_block(Model* model, int l) {
     }
 }
 
-// What forward did not keep of a block, made again as forward made it. The last block's is still there.
+// What forward did not keep of a block, made again as forward made it and not counted again. The last block's is still
+// there. Where no product follows, backward reads only what is packed, not what the carrier multiplies.
 static void model_rebuild_block(Model* model, int l) {
-    const LinearContext* ctx = &model->linear;
     BlockActivations* b = &model->blocks[l];
-    const Linear* linears = model->linears + l * LINEAR_KINDS;
     Recompute recompute = model->training.recompute;
-    int dense = block_is_dense(model, l);
+    LinearContext again = model->linear;
+    again.telemetry = NULL;
+    again.again = 1;
+    LinearContext packed = again;
+    packed.operand_a = NULL;
     if (recompute == RECOMPUTE_NONE || l + 1 == model->config.L) {
         return;
     }
-    if (dense || recompute == RECOMPUTE_BLOCK) {
-        model_enter_block(model, l, b->inp, NULL);
-    }
     if (recompute == RECOMPUTE_BLOCK) {
-        model_forward_block_inside(model, l);
+        model_enter_block(model, &again, l, b->inp, NULL);
+        model_forward_block_inside(model, &again, l);
         return;
     }
-    if (dense || recompute == RECOMPUTE_FFN) {
-        model_norm_middle(model, l, NULL);
-    }
+    model_enter_block(model, &packed, l, b->inp, NULL);
+    model_enter_o(model, &packed, l);
+    model_norm_middle(model, recompute == RECOMPUTE_FFN ? &again : &packed, l, NULL);
     if (recompute == RECOMPUTE_FFN) {
-        linear_product(ctx, &linears[LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
+        linear_product(&again, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
     }
-    if (dense || recompute == RECOMPUTE_FFN) {
-        b->x[LINEAR_DOWN] = linear_swiglu_input(ctx, &linears[LINEAR_DOWN], b->x_memory[LINEAR_DOWN], b->act,
-                                                b->gate_up, model->B * model->T);
+    if (!b->kept.codes) {
+        model_enter_down(model, &packed, l);
     }
 }
 
@@ -164,7 +175,7 @@ static void model_run_forward(Model* model, float grad_scale, int with_grad) {
     model_quantize_weights(model);
     model_begin_operands(model);
     ops->embedding_forward(first->inp, model->inputs, model_weight(model, P_EMBED, -1), (int)BT, m->C);
-    model_enter_block(model, 0, first->inp, NULL);
+    model_enter_block(model, &model->linear, 0, first->inp, NULL);
     for (int l = 0; l < m->L; l++) {
         model_forward_block(model, l);
     }
@@ -225,9 +236,10 @@ static void model_backward_block(Model* model, int l) {
     model_rebuild_block(model, l);
     Owed owed = linear_backward_owed(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
     if (owed.rotated) {
-        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up, BT, m->F);
+        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up, b->kept, BT,
+                                      m->F);
     } else {
-        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, BT, m->F);
+        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->kept, BT, m->F);
     }
     owed =
         linear_backward_owed(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);

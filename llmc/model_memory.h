@@ -9,7 +9,8 @@
 #include "slices.h"
 
 // What forward does not keep and backward makes again, bit for bit the same: nothing; what no product is needed for
-// (both norms' outputs, SwiGLU's output); also the gate and up product; everything but the block's entry.
+// (the norms' and SwiGLU's outputs, the four quantized operands); also the gate and up product; everything but the
+// block's entry.
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORM, RECOMPUTE_FFN, RECOMPUTE_BLOCK, RECOMPUTE_LEVELS } Recompute;
 static const char* const RECOMPUTE_NAMES[RECOMPUTE_LEVELS] = {"none", "norm", "ffn", "block"};
 
@@ -20,21 +21,23 @@ typedef struct {
     int has_master;  // f32 copy of the weights; without it they are rounded stochastically
     int dense_first, dense_last;  // so many blocks at the beginning and at the end do not quantize
     int rank, ranks;  // optimizer state is that of slice `rank` of `ranks`
+    int gate_up_fp8;  // backward reads gate and up as MXFP8, where they are kept at all
 } TrainingMemory;
-static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 1, 0, 0, 0, 1};
+static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 1, 0, 0, 0, 1, 0};
 
 // kept from forward for backward, one a block; a buffer that is not kept is the same one in all blocks
 typedef struct {
     floatX* inp;         // (BT, C) residual stream at the block's entry
     float* rstd1;        // (BT)
-    floatX* norm1;       // (BT, C), quantizing recipes never keep it: their operand stands for it
+    floatX* norm1;       // (BT, C), quantizing recipes never keep it: their operand stands for it, where that is kept
     floatX* qkv;         // (BT, A + 2 KV) after rope
     float* lse;          // (B, NH, T)
     floatX* att;         // (BT, A)
     floatX* mid;         // (BT, C) residual stream after attention
     float* rstd2;        // (BT)
     floatX* norm2;       // (BT, C), as norm1
-    floatX* gate_up;     // (BT, 2F)
+    floatX* gate_up;     // (BT, 2F), or scratch where there is
+    Mxfp8 kept;          // the same for backward; what else is made of gate_up, act or x of down, is then kept, too
     floatX* act;         // (BT, F), as norm1
     char* x_memory[LINEAR_KINDS];
     QTensor x[LINEAR_KINDS];  // forward operands of the four linear layers
@@ -130,6 +133,12 @@ static int block_is_dense(const Model* model, int l) {
     return model->linears[l * LINEAR_KINDS].recipe->x.format == FORMAT_FLOATX;
 }
 
+// Does block l keep gate_up as MXFP8? Not where it is made again, nor where act would have to be kept for that.
+static int block_keeps_fp8(const Model* model, int l) {
+    return model->training.gate_up_fp8 &&
+           model->training.recompute < (block_is_dense(model, l) ? RECOMPUTE_NORM : RECOMPUTE_FFN);
+}
+
 // A buffer of a block that is kept, or the one that all blocks share which do not keep theirs
 typedef struct { void* at; int taken; } SharedBuffer;
 static void* arena_take_shared(Arena* arena, SharedBuffer* shared, int keep, size_t bytes) {
@@ -148,8 +157,8 @@ static void model_layout_block(Model* model, Arena* arena, int l, SharedBuffer* 
     size_t BT = (size_t)model->B * model->T, A = (size_t)m->NH * m->HS, KV = (size_t)m->NKV * m->HS;
     Recompute recompute = model->training.recompute;
     BlockActivations* b = &model->blocks[l];
-    int outputs = block_is_dense(model, l) && recompute < RECOMPUTE_NORM;
-    int ffn = recompute < RECOMPUTE_FFN, block = recompute < RECOMPUTE_BLOCK;
+    int dense = block_is_dense(model, l), kept = recompute < RECOMPUTE_NORM, outputs = dense && kept;
+    int ffn = recompute < RECOMPUTE_FFN, block = recompute < RECOMPUTE_BLOCK, fp8 = block_keeps_fp8(model, l);
     b->inp = (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
 #define TAKE(keep, field, type, count) \
     b->field = (type*)arena_take_shared(arena, shared++, keep, (count) * sizeof(type))
@@ -161,14 +170,15 @@ static void model_layout_block(Model* model, Arena* arena, int l, SharedBuffer* 
     TAKE(block, mid, floatX, BT * m->C);
     TAKE(block, rstd2, float, BT);
     TAKE(outputs, norm2, floatX, BT * m->C);
-    TAKE(ffn, gate_up, floatX, BT * 2 * m->F);
+    TAKE(ffn && !fp8, gate_up, floatX, BT * 2 * m->F);
     TAKE(outputs, act, floatX, BT * m->F);
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         const Linear* linear = &model->linears[l * LINEAR_KINDS + kind];
-        TAKE(block_is_dense(model, l) || (kind == LINEAR_DOWN ? ffn : block), x_memory[kind], char,
+        TAKE(dense || kept || (fp8 && kind == LINEAR_DOWN), x_memory[kind], char,
              qtensor_bytes(&linear->recipe->x, (int)BT, linear->C));
     }
 #undef TAKE
+    b->kept = fp8 ? mxfp8_at(BT, 2 * (size_t)m->F, arena_take(arena, mxfp8_bytes(BT, 2 * (size_t)m->F))) : MXFP8_NONE;
 }
 
 static void model_layout_activations(Model* model, Arena* arena) {
@@ -285,6 +295,9 @@ static void model_check(const Model* model) {
         check_or(model->ops->quantize_supports(specs[i]), EXIT_USAGE,
                  "--recipe %s needs a quantizer that device %s does not have", recipe->name, model->ops->name);
     }
+    check_or(!model->training.gate_up_fp8 || m->F % GROUP == 0, EXIT_USAGE,
+             "--gate-up-dtype fp8 needs an --ffn that is a multiple of %d, but it is %d; %d and %d are the nearest",
+             GROUP, m->F, m->F / GROUP * GROUP, (m->F / GROUP + 1) * GROUP);
     if (recipe->x.format == FORMAT_FLOATX) {
         return;
     }

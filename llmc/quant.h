@@ -79,6 +79,20 @@ typedef struct {
     float* row_scale;       // (rows) 2^base of each row: a factor of the product's rows that its reader owes; or NULL
 } QTensor;
 
+// A (rows, cols) tensor in MXFP8: e4m3 codes, one byte an element, and a ue8m0 scale per 32 columns (dtypes.h,
+// mxfp8_scale); 33/32 byte an element, cols % 32 == 0. Its values are code * scale, exact in f32. codes NULL: there is
+// none.
+typedef struct { uint8_t *codes, *scales; } Mxfp8;
+static const Mxfp8 MXFP8_NONE = {NULL, NULL};
+
+static inline size_t mxfp8_bytes(size_t rows, size_t cols) { return rows * cols + rows * cols / GROUP; }
+static inline Mxfp8 mxfp8_at(size_t rows, size_t cols, void* memory) {
+    return memory ? Mxfp8{(uint8_t*)memory, (uint8_t*)memory + rows * cols} : MXFP8_NONE;
+}
+static HOST_DEVICE inline float mxfp8_decode(uint32_t code, uint32_t scale) {
+    return e4m3_to_f32((uint8_t)code) * ue8m0_to_f32(scale);
+}
+
 // Sums over the elements of one operand, for telemetry: error = |decoded - rotated input|
 typedef struct { double error_sq, input_sq, clipped, zero, count; } QuantStats;
 
@@ -97,6 +111,7 @@ typedef struct {
     const uint64_t* position;  // in device memory, ORed into both streams: micro-batch << 32 | step; or NULL
     QuantStats* stats;       // added to; or NULL
     int32_t* row_under;      // where rows have bases: groups under their row's window are added; or NULL
+    int again;               // made once before: groups under a base's window are not counted a second time
 } QuantizeArgs;
 
 // Bytes of a quantized operand's parts. cols % 32 == 0.

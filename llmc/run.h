@@ -112,6 +112,7 @@ static void run_resolve_training(Run* run) {
     run->training.ranks = sharded ? run->comm.size : 1;
     check_or(sizeof(floatX) == 2 || strcmp(c->reduce_dtype, "bf16"), EXIT_USAGE,
              "--reduce-dtype bf16 needs the build of make PRECISION=BF16; this one computes in f32");
+    run->training.gate_up_fp8 = !strcmp(c->gate_up_dtype, "fp8");
 }
 
 static void run_check_ranges(const Config* c) {
@@ -433,8 +434,15 @@ static void run_find_tokenizer(Run* run, const Dataset* train, const char* check
 static void run_print_plan(const Run* run, const Model* model, int threads) {
     const double MiB = 1048576.0;
     size_t total = 0;
-    printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --adam-dtype %s, --grad-dtype %s:\n",
-           model->ops->name, run->B, run->T, run->config.recompute, run->config.adam_dtype, run->config.grad_dtype);
+    int fp8_blocks = 0;
+    for (int l = 0; l < model->config.L; l++) {
+        fp8_blocks += block_keeps_fp8(model, l);
+    }
+    printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --gate-up-dtype %s%s, --adam-dtype %s, "
+           "--grad-dtype %s:\n",
+           model->ops->name, run->B, run->T, run->config.recompute, run->config.gate_up_dtype,
+           run->training.gate_up_fp8 && fp8_blocks == 0 ? " (of no effect)" : "", run->config.adam_dtype,
+           run->config.grad_dtype);
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
         printf("  %-32s %10.1f MiB\n", MEMORY_NAMES[kind], (double)model->memory_bytes[kind] / MiB);
         total += model->memory_bytes[kind];

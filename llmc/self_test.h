@@ -38,7 +38,7 @@ static int self_test_case(const Ops* ops, const SelfTestCase* test, const floatX
                          .round_stream = rand_stream(RAND_ROUND, 1, 2, 3),
                          .round_index = 2ull << 56, .position = NULL,
                          .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     ops->quantize(&args);
     ops->copy_to_host(host, device, bytes);
     Xxh64 hash = xxh64_begin(0);
@@ -140,7 +140,7 @@ static int self_test_operand(SelfTestOperand* operand, const LinearContext* ctx,
                          .round_index = 0,
                          .position = NULL,
                          .stats = NULL,
-                             .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     ops->quantize(&args);
     ops->copy_to_host(host, operand->device, bytes);
     QTensor copy = qtensor_at(spec, M, K, host);

@@ -6,18 +6,20 @@
 // Both first ones without an argument; exit code 1 if a check failed.
 //
 // check   every function against the composition of operations that it stands for, bit for bit (NaN is NaN), with bases
-//         that were predicted right and wrong; SwiGLU for each of the 65536 gates; planted errors
+//         that were predicted right and wrong; SwiGLU for each of the 65536 gates; MXFP8 of gate_up against the CPU's,
+//         and what backward makes of it against the same of its decoded values; planted errors
 // bench   medians of 20, fused and unfused, on the layers of 200m, tinyllama-1.1b and llama2-7b; bytes are the fewest
 //         that the fused pass must move, and the share is that of a device-to-device copy of 2 GiB in the same run
 // small   each kernel once, for compute-sanitizer
+#include "../../llmc/cpu/layers.h"
 #include "../../llmc/cuda/fused_backward.cuh"
 #include "quantize_check.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // the functions under test, fused and not, on the same tensors
 
-typedef enum { SWIGLU, NORM, ADD_NORM, ADD_NORM_IN_PLACE, QUANTIZERS } Quantizer;
-static const char* const quantizer_names[] = {"swiglu_quantize", "rmsnorm_quantize", "rmsnorm_quantize, add",
+typedef enum { SWIGLU, SWIGLU_KEPT, NORM, ADD_NORM, ADD_NORM_IN_PLACE, QUANTIZERS } Quantizer;
+static const char* const quantizer_names[] = {"swiglu_quantize", "swiglu_quantize, kept", "rmsnorm_quantize", "rmsnorm_quantize, add",
                                               "rmsnorm_quantize, add in place"};
 
 enum { UNFUSED, FUSED, SIDES };
@@ -32,6 +34,7 @@ typedef struct {
     void* dweight[SIDES];
     float* row_scale;
     CarrierBase* base[SIDES];
+    void* kept[SIDES];  // MXFP8 of gate_up
     void *host[SIDES];
     size_t capacity;  // elements of inp
 } Sides;
@@ -39,9 +42,10 @@ typedef struct {
 static void quantizer_run(const Sides* s, Quantizer kind, const QuantizeArgs* args, int side) {
     int BT = args->out->rows, C = args->out->cols;
     const float eps = 1e-5f;
-    if (kind == SWIGLU) {
-        side == FUSED ? cuda_swiglu_quantize(args, s->scratch, s->inp, BT, C)
-                      : unfused_swiglu_quantize(args, s->scratch, s->inp, BT, C);
+    if (kind <= SWIGLU_KEPT) {
+        Mxfp8 kept = kind == SWIGLU ? MXFP8_NONE : mxfp8_at((size_t)BT, 2 * (size_t)C, s->kept[side]);
+        side == FUSED ? cuda_swiglu_quantize(args, s->scratch, kept, s->inp, BT, C)
+                      : unfused_swiglu_quantize(args, s->scratch, kept, s->inp, BT, C);
         return;
     }
     const floatX *a = s->inp, *b = kind == NORM ? NULL : s->b;
@@ -74,6 +78,7 @@ static void sides_alloc(Sides* s, size_t count, int rows, int most_columns) {
         s->dinp[side] = (floatX*)device_alloc(2 * count * sizeof(floatX));
         s->dweight[side] = device_alloc(sizeof(float) * (size_t)most_columns);
         s->base[side] = (CarrierBase*)device_alloc(sizeof(CarrierBase));
+        s->kept[side] = device_alloc(mxfp8_bytes(2, count));
         s->host[side] = malloc_or_die(2 * count * sizeof(float), "results");
     }
 }
@@ -142,6 +147,24 @@ static QTensor variant_out(const Sides* s, int side, int BT, int C, enum Variant
     return out;
 }
 
+// both sides against the CPU, and planted errors
+static void check_kept(const Sides* s, int BT, int F, const char* name) {
+    size_t count = 2 * (size_t)BT * F, bytes = mxfp8_bytes(2, count / 2);
+    floatX* x = (floatX*)malloc_or_die(count * sizeof(floatX), "gate_up");
+    uint8_t* want = (uint8_t*)malloc_or_die(bytes, "MXFP8");
+    fetch(x, s->inp, count * sizeof(floatX));
+    mxfp8_encode(mxfp8_at((size_t)BT, 2 * (size_t)F, want), x, BT, 2 * F);
+    for (int side = 0; side < SIDES; side++) {
+        fetch(s->host[side], s->kept[side], bytes);
+        int64_t wrong = differing(s->host[side], want, bytes);
+        report(wrong == 0, "%s: MXFP8 of side %d: %lld bytes differ from the CPU's", name, side, (long long)wrong);
+        ((uint8_t*)s->host[side])[bytes - 1] ^= 1;
+        report(differing(s->host[side], want, bytes) == wrong + 1 || wrong, "%s: a planted scale is not seen", name);
+    }
+    free(x);
+    free(want);
+}
+
 static void check_outputs(const Sides* s, Quantizer kind, const QTensor* out, enum Variant variant, const char* name) {
     size_t BT = (size_t)out[0].rows, count = BT * (size_t)out[0].cols;
     if (variant != BYTES) {
@@ -155,7 +178,10 @@ static void check_outputs(const Sides* s, Quantizer kind, const QTensor* out, en
     } else if (variant == VALUES) {
         report_equal(s, out[0].operand, out[1].operand, count, AS_FLOATX, "%s: values", name);
     }
-    if (kind != SWIGLU) {
+    if (kind == SWIGLU_KEPT) {
+        check_kept(s, out[0].rows, out[0].cols, name);
+    }
+    if (kind >= NORM) {
         report_equal(s, s->rstd[0], s->rstd[1], BT, AS_F32, "%s: rstd", name);
     }
     if (kind >= ADD_NORM) {
@@ -186,6 +212,7 @@ static void check_quantizer(Sides* s, Quantizer kind, int BT, int C, const char*
                 cuda_check(cudaMemsetAsync(s->sum[side], 0xaa, count * sizeof(floatX), gpu.stream));
                 cuda_check(cudaMemsetAsync(s->rstd[side], 0xaa, (size_t)BT * sizeof(float), gpu.stream));
                 cuda_check(cudaMemsetAsync(s->scratch, 0xff, count * sizeof(floatX), gpu.stream));
+                cuda_check(cudaMemsetAsync(s->kept[side], 0xaa, mxfp8_bytes(2, count), gpu.stream));
                 QuantizeArgs args = case_args(&cases[0], ROUND_NEAREST, &out[side], NULL, NULL, NULL);
                 quantizer_run(s, kind, &args, side);
             }
@@ -198,8 +225,9 @@ static void check_quantizers(Sides* s, int BT, int C, int first, int last) {
     size_t count = (size_t)BT * C;
     for (int d = 0; d < DISTRIBUTIONS; d++) {
         for (int kind = first; kind <= last; kind++) {
-            upload(s->inp, kind == SWIGLU ? 2 * count : count, kind == SWIGLU ? 2 * C : C, (Distribution)d,
-                   (uint64_t)(BT * 3 + C), kind == SWIGLU && d == NORMAL ? 3 : 0);
+            int both = kind <= SWIGLU_KEPT ? 2 : 1;
+            upload(s->inp, both * count, both * C, (Distribution)d, (uint64_t)(BT * 3 + C),
+                   both == 2 && d == NORMAL ? 3 : 0);
             upload(s->b, count, C, (Distribution)d, (uint64_t)(BT * 5 + C), 0);
             upload(s->weight, (size_t)C, C, NORMAL, 11, 0);
             check_quantizer(s, (Quantizer)kind, BT, C, distribution_names[d]);
@@ -234,10 +262,39 @@ static void check_swiglu_backward(Sides* s, int BT, int F, Distribution d, int w
     for (int side = 0; side < SIDES; side++) {
         cuda_check(cudaMemsetAsync(s->dinp[side], 0xaa, 2 * count * sizeof(floatX), gpu.stream));
     }
-    unfused_unrotate_swiglu_backward(s->dinp[0], s->dout[0], s->out[0].mask, scale, s->inp, BT, F);
-    cuda_unrotate_swiglu_backward(s->dinp[1], s->dout[1], s->out[0].mask, scale, s->inp, BT, F);
+    unfused_unrotate_swiglu_backward(s->dinp[0], s->dout[0], s->out[0].mask, scale, s->inp, MXFP8_NONE, BT, F);
+    cuda_unrotate_swiglu_backward(s->dinp[1], s->dout[1], s->out[0].mask, scale, s->inp, MXFP8_NONE, BT, F);
     report_equal(s, s->dinp[0], s->dinp[1], 2 * count, AS_FLOATX, "unrotate_swiglu_backward (%d, %d) %s, scale %d", BT,
                  F, distribution_names[d], with_scale);
+}
+
+// of MXFP8: fused, and not, and of the values that it stands for, which are exact in floatX here
+static void check_swiglu_backward_kept(Sides* s, int BT, int F, Distribution d, int with_scale) {
+    size_t count = 2 * (size_t)BT * F, bytes = mxfp8_bytes(2, count / 2);
+    const float* scale = with_scale ? s->row_scale : NULL;
+    floatX* x = (floatX*)malloc_or_die(count * sizeof(floatX), "gate_up");
+    void* memory = malloc_or_die(bytes, "MXFP8");
+    Mxfp8 host = mxfp8_at((size_t)BT, 2 * (size_t)F, memory), kept = mxfp8_at((size_t)BT, 2 * (size_t)F, s->kept[0]);
+    for (int fused = 0; fused < 2; fused++) {
+        backward_inputs(s, BT, F, d);
+        fetch(x, s->inp, count * sizeof(floatX));
+        mxfp8_encode(host, x, BT, 2 * F);
+        for (size_t i = 0; i < count; i++) {
+            x[i] = f32_to_floatX(mxfp8_decode(host.codes[i], host.scales[i / GROUP]));
+        }
+        to_device(s->kept[0], memory, bytes);
+        for (int side = 0; side < SIDES; side++) {
+            cuda_check(cudaMemsetAsync(s->dinp[side], 0xaa, count * sizeof(floatX), gpu.stream));
+        }
+        (fused ? cuda_unrotate_swiglu_backward : unfused_unrotate_swiglu_backward)(
+            s->dinp[0], s->dout[0], s->out[0].mask, scale, NULL, kept, BT, F);
+        to_device(s->inp, x, count * sizeof(floatX));
+        unfused_unrotate_swiglu_backward(s->dinp[1], s->dout[1], s->out[0].mask, scale, s->inp, MXFP8_NONE, BT, F);
+        report_equal(s, s->dinp[0], s->dinp[1], count, AS_FLOATX, "swiglu_backward of MXFP8 (%d, %d) %s, fused %d", BT,
+                     F, distribution_names[d], fused);
+    }
+    free(x);
+    free(memory);
 }
 
 // residual: 0 none, 1 of its own, 2 in place
@@ -289,7 +346,7 @@ static void check_gates(Sides* s) {
             x[at + F] = f32_to_floatX(pass ? up : 1.0f);
         }
         to_device(s->inp, x, 2 * GATES * sizeof(floatX));
-        cuda_swiglu_forward(s->dinp[0], s->inp, GATES / F, F);
+        cuda_swiglu_forward(s->dinp[0], MXFP8_NONE, s->inp, GATES / F, F);
         swiglu_vectors_kernel<<<GATES / VEC / 256, 256, 0, gpu.stream>>>(s->dinp[1], s->inp, GATES / VEC, F / VEC);
         fetch(s->host[0], s->dinp[0], GATES * sizeof(floatX));
         fetch(s->host[1], s->dinp[1], GATES * sizeof(floatX));
@@ -332,9 +389,10 @@ static void run_check(int small) {
     check_gates(&s);
     for (int i = 0; i < (small ? 1 : 3); i++) {
         for (int j = 0; j < (small ? 2 : 5); j++) {
-            check_quantizers(&s, rows[i], widths[j], SWIGLU, SWIGLU);
+            check_quantizers(&s, rows[i], widths[j], SWIGLU, SWIGLU_KEPT);
             for (int d = 0; d < DISTRIBUTIONS; d++) {
                 check_swiglu_backward(&s, rows[i], widths[j], (Distribution)d, d % 2 == 0);
+                check_swiglu_backward_kept(&s, rows[i], widths[j], (Distribution)d, d % 2 == 0);
             }
         }
         for (int j = 0; j < (small ? 5 : 8); j++) {
@@ -403,10 +461,13 @@ static void run_copy(void* memory) {
                                gpu.stream));
 }
 
-enum { TIMED_SWIGLU, TIMED_NORM, TIMED_ADD_NORM, TIMED_SWIGLU_BACKWARD, TIMED_NORM_BACKWARD, TIMED };
-static const struct { const char* name; double bytes; } timed[] = {
-    {"swiglu_quantize", 5.65625}, {"rmsnorm_quantize", 3.65625}, {"rmsnorm_quantize, add", 7.65625},
-    {"unrotate_swiglu_backward", 10.125}, {"unrotate_rmsnorm_backward", 8.125}};
+enum { TIMED_SWIGLU, TIMED_SWIGLU_KEPT, TIMED_NORM, TIMED_ADD_NORM, TIMED_SWIGLU_BACKWARD,
+       TIMED_SWIGLU_BACKWARD_KEPT, TIMED_NORM_BACKWARD, TIMED };
+static const struct { const char* name; double bytes; int wide; } timed[] = {
+    {"swiglu_quantize", 5.65625, 1},         {"swiglu_quantize, kept", 7.71875, 1},
+    {"rmsnorm_quantize", 3.65625, 0},        {"rmsnorm_quantize, add", 7.65625, 0},
+    {"unrotate_swiglu_backward", 10.125, 1}, {"the same, kept", 8.1875, 1},
+    {"unrotate_rmsnorm_backward", 8.125, 0}};
 
 typedef struct { const Sides* s; int what, side, BT, C; } TimedRun;
 
@@ -418,9 +479,11 @@ static void run_timed(void* state) {
         QTensor out = variant_out(s, t->side, BT, C, KEEP);
         QuantizeArgs args = case_args(&cases[0], ROUND_NEAREST, &out, NULL, NULL, NULL);
         quantizer_run(s, (Quantizer)t->what, &args, t->side);
-    } else if (t->what == TIMED_SWIGLU_BACKWARD) {
+    } else if (t->what <= TIMED_SWIGLU_BACKWARD_KEPT) {
+        Mxfp8 kept = mxfp8_at((size_t)BT, 2 * (size_t)C, s->kept[0]);
         (fused ? cuda_unrotate_swiglu_backward : unfused_unrotate_swiglu_backward)(
-            s->dinp[0], s->dout[0], s->out[0].mask, s->row_scale, s->inp, BT, C);
+            s->dinp[0], s->dout[0], s->out[0].mask, s->row_scale, s->inp,
+            t->what == TIMED_SWIGLU_BACKWARD ? MXFP8_NONE : kept, BT, C);
     } else {
         (fused ? cuda_unrotate_rmsnorm_backward : unfused_unrotate_rmsnorm_backward)(
             s->dinp[0], real_f32((float*)s->dweight[0]), s->dout[0], s->out[0].mask, s->row_scale, s->dinp[0], s->inp,
@@ -462,7 +525,7 @@ static void run_bench(void) {
     sides_alloc(&s, (size_t)32768 * 5632, 32768, 11008);
     for (int i = 0; i < 3; i++) {
         for (int what = 0; what < TIMED; what++) {
-            int C = what == TIMED_SWIGLU || what == TIMED_SWIGLU_BACKWARD ? models[i].F : models[i].C;
+            int C = timed[what].wide ? models[i].F : models[i].C;
             size_t count = (size_t)models[i].BT * C;
             random_kernel<<<1024, 256, 0, gpu.stream>>>(s.inp, 2 * count, 1);
             random_kernel<<<1024, 256, 0, gpu.stream>>>(s.b, count, 2);

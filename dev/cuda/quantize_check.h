@@ -136,7 +136,7 @@ static QuantizeArgs case_args(const Case* c, Rounding rounding, QTensor* out, co
                         .sign_stream = (uint64_t)RAND_SIGNS << 60 | (uint64_t)7 << 48, .sign_index = 5ull << 56,
                         .round_stream = (uint64_t)RAND_ROUND << 60 | (uint64_t)7 << 48, .round_index = 9ull << 56,
                         .position = position, .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
 }
 
 static QTensor operand_new(int rows, int cols) {

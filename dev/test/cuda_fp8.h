@@ -30,7 +30,7 @@ static void cuda_test_fp8_operand(int rows, int cols, Format format, int transpo
     QuantizeArgs args = {.out = &on_cpu, .spec = spec, .tensor = x, .saved = NULL, .transposed = transposed, .seed = 0,
                          .sign_stream = 0, .sign_index = 0, .round_stream = 0, .round_index = 0, .position = NULL,
                          .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     CPU_OPS.quantize(&args);
     args.out = &on_gpu, args.tensor = dx;
     for (int expected = 0; expected < 3; expected++) {  // unknown; right; wrong

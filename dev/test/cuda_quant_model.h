@@ -240,27 +240,70 @@ static void quant_test_gradients(Model* model, const QuantReference* r) {
     quant_run_free(&got), quant_run_free(&again), quant_run_free(&elsewhere);
 }
 
-// gradients depend neither on what is made again nor on telemetry
+// gradients depend neither on what is made again nor on telemetry, which counts once
 static void quant_test_recompute(const QuantReference* r) {
-    const Recompute levels[] = {RECOMPUTE_NONE, RECOMPUTE_FFN, RECOMPUTE_BLOCK, RECOMPUTE_NONE};
     QuantRun want = {};
-    for (int i = 0; i < 4; i++) {
+    LinearTelemetry counted = {};
+    for (int i = 0; i < 2 * RECOMPUTE_LEVELS; i++) {
+        int level = i / 2, observe = i % 2;
         Model model;
-        quant_model_gpu(&model, r, levels[i]);
+        quant_model_gpu(&model, r, (Recompute)level);
+        const char* what = label("HS %d, carrier %s, --recompute %s, telemetry %d", model.config.HS,
+                                 gpu.carrier->name, RECOMPUTE_NAMES[level], observe);
         size_t bytes = model.table.elements * sizeof(float);
-        model.linear.telemetry = i == 3 ? model.telemetry : NULL;
+        model_begin_telemetry(&model, observe);
         QuantRun got = quant_run(&model, 0);
+        if (observe) {
+            LinearTelemetry t = model_read_telemetry(&model, 1);
+            counted = level == 0 ? t : counted;
+            for (int kind = 0; kind < LINEAR_KINDS; kind++) {
+                expect(t.x[kind].count == counted.x[kind].count && t.x[kind].zero == counted.x[kind].zero &&
+                           !memcmp(t.under[kind], counted.under[kind], sizeof t.under[kind]),
+                       "%s: what is made again is counted again", what);
+            }
+        }
         if (i == 0) {
             want = got;
         } else {
-            expect_bits((char*)got.grads, want.grads, bytes,
-                        label("HS %d, carrier %s, --recompute %s, telemetry %d: gradients", model.config.HS,
-                              gpu.carrier->name, RECOMPUTE_NAMES[levels[i]], i == 3));
+            expect_bits((char*)got.grads, want.grads, bytes, label("%s: gradients", what));
             quant_run_free(&got);
         }
         model_free(&model);
     }
     quant_run_free(&want);
+}
+
+// gate_up in MXFP8: levels that keep it agree, the others are exact
+static void quant_test_kept(const QuantReference* r) {
+    QuantRun runs[RECOMPUTE_LEVELS + 1];
+    size_t bytes = r->model.table.elements * sizeof(float);
+    for (int i = 0; i <= RECOMPUTE_LEVELS; i++) {  // the last one exact
+        Model model;
+        TrainingMemory training = MEMORY_EXACT;
+        training.recompute = (Recompute)(i % RECOMPUTE_LEVELS);
+        training.gate_up_fp8 = i < RECOMPUTE_LEVELS;
+        model_prepare(&model, &CUDA_OPS, &r->model.config, recipe_find("quartet"), training, MODEL_B, MODEL_T);
+        model.linear.option_rounding = r->rounding;
+        model.linear.seed = 4321;
+        model_allocate(&model);
+        model_state_set(&model, r->begin);
+        runs[i] = quant_run(&model, 0);
+        model_free(&model);
+    }
+    const QuantRun* exact = &runs[RECOMPUTE_LEVELS];
+    for (int i = 0; i < RECOMPUTE_LEVELS; i++) {
+        int same = !memcmp(runs[i].grads, exact->grads, bytes);
+        const char* what = label("HS %d, carrier %s, --recompute %s, MXFP8", r->model.config.HS, gpu.carrier->name,
+                                 RECOMPUTE_NAMES[i]);
+        expect(same == (i >= RECOMPUTE_FFN) && !memcmp(runs[i].losses, exact->losses, QUANT_TOKENS * sizeof(float)),
+               "%s: %s gradients, or other losses", what, same ? "the same" : "other");
+        expect(relative_distance(runs[i].grads, exact->grads, r->model.table.elements, 1.0) < 0.25,
+               "%s: far gradients", what);
+    }
+    expect(!memcmp(runs[0].grads, runs[1].grads, bytes), "HS %d: levels none and norm of MXFP8", r->model.config.HS);
+    for (int i = 0; i <= RECOMPUTE_LEVELS; i++) {
+        quant_run_free(&runs[i]);
+    }
 }
 
 // leaves both models trained
@@ -414,6 +457,7 @@ static void cuda_test_quant_model(QuantReference* r) {
     quant_model_gpu(&twin, r, RECOMPUTE_NONE);
     quant_test_gradients(&model, r);
     quant_test_recompute(r);
+    quant_test_kept(r);
     quant_test_replay(r);
     quant_test_curve(&model, &twin, r);
     quant_test_generate(&model);

@@ -21,7 +21,7 @@ static void test_fp8_tensor(Format format, double scale, int transposed, int fau
     QuantizeArgs args = {.out = &q, .spec = spec, .tensor = x, .saved = NULL, .transposed = transposed, .seed = 0,
                          .sign_stream = 0, .sign_index = 0, .round_stream = 0, .round_index = 0, .position = NULL,
                          .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     CPU_OPS.quantize(&args);
     double top = format == FORMAT_E4M3 ? 448.0 : 57344.0, scaled = (double)largest / (double)base.scale;
     expect(scale == 0.0 || (scaled <= top && scaled > top / 32.0), "scale %g: the largest value becomes %g", scale,

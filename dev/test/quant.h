@@ -116,7 +116,7 @@ static QTensor quantize_op(const QuantSpec* spec, int rows, int cols, const floa
     QuantizeArgs args = {.out = &out, .spec = *spec, .tensor = x, .saved = NULL, .transposed = transposed, .seed = seed,
                          .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .position = NULL,
                          .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     CPU_OPS.quantize(&args);
     return out;
 }
@@ -377,7 +377,7 @@ static void test_quant_orientations(const QuantSpec* spec, const char* what) {
         QuantizeArgs args = {.out = &few, .spec = *spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 11,
                              .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .position = NULL,
                              .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
         CPU_OPS.quantize(&args);
         expect(qtensor_first_difference(&plain, &few, counts[i]) == -1, "%s: %d rows differ from the same rows of %d",
                what, counts[i], rows);
@@ -403,7 +403,7 @@ static void test_quant_saved(const QuantSpec* spec, const char* what) {
     QuantizeArgs args = {.out = &from_saved, .spec = *spec, .tensor = NULL, .saved = &saved, .transposed = 1,
                          .seed = 21, .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99,
                          .round_index = 9ull << 56, .position = NULL, .stats = NULL,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     args.spec.source = SOURCE_SAVED;
     CPU_OPS.quantize(&args);
     expect_same_operand(&from_tensor, &from_saved, "%s: the saved operand gives another one than its values", what);
@@ -540,7 +540,7 @@ static void test_quant_stats(QuantSpec spec, int rows, int cols, const char* wha
     QuantizeArgs args = {.out = &q, .spec = spec, .tensor = x, .saved = NULL, .transposed = 0, .seed = 2,
                          .sign_stream = 77, .sign_index = 5ull << 56, .round_stream = 99, .round_index = 9ull << 56, .position = NULL,
                          .stats = &got,
-                         .row_under = NULL};
+                         .row_under = NULL, .again = 0};
     CPU_OPS.quantize(&args);
     double error_sq = 1.0, input_sq = 2.0, clipped = 3.0, zero = 4.0, slack = 0.0, input_slack = 0.0;
     uint32_t signs[16];

@@ -85,10 +85,11 @@ static void cpu_identify(char* buffer, size_t) { buffer[0] = 0; }
 // ---------------------------------------------------------------------------------------------------------------------
 // the compositions
 
-static void cpu_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, const floatX* gate_up, int BT, int F) {
+static void cpu_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up, int BT,
+                                int F) {
     QuantizeArgs of_scratch = *args;
     of_scratch.tensor = scratch;
-    cpu_swiglu_forward(scratch, gate_up, BT, F);
+    cpu_swiglu_forward(scratch, kept, gate_up, BT, F);
     cpu_quantize(&of_scratch);
 }
 
@@ -105,9 +106,9 @@ static void cpu_rmsnorm_quantize(const QuantizeArgs* args, floatX* scratch, floa
 }
 
 static void cpu_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                         const floatX* inp, int BT, int F) {
+                                         const floatX* inp, Mxfp8 kept, int BT, int F) {
     cpu_unrotate(real_floatX(dact), mask, row_scale, BT, F);
-    cpu_swiglu_backward(dinp, dact, inp, BT, F);
+    cpu_swiglu_backward(dinp, dact, inp, kept, BT, F);
 }
 
 static void cpu_unrotate_rmsnorm_backward(floatX* dinp, RealArray dweight, floatX* dnorm, const uint32_t* mask,

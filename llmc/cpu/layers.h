@@ -191,7 +191,32 @@ static void cpu_rope(floatX* qkv, const float* table, AttentionShape s, int firs
     }
 }
 
-static void cpu_swiglu_forward(floatX* out, const floatX* inp, int BT, int F) {
+// kept (rows, cols) = x
+static void mxfp8_encode(Mxfp8 kept, const floatX* x, int rows, int cols) {
+    int64_t groups = (int64_t)rows * (cols / GROUP);
+#pragma omp parallel for schedule(static)
+    for (int64_t group = 0; group < groups; group++) {
+        const floatX* from = x + group * GROUP;
+        uint8_t* codes = kept.codes + group * GROUP;
+        uint32_t largest = 0;
+        for (int k = 0; k < GROUP; k++) {
+            uint32_t bits = f32_bits(floatX_to_f32(from[k])) & 0x7fffffffu;
+            largest = bits > largest ? bits : largest;
+        }
+        uint32_t scale = mxfp8_scale(largest);
+        float inverse = ue8m0_inverse(scale);
+#pragma omp simd
+        for (int k = 0; k < GROUP; k++) {
+            codes[k] = scale == UE8M0_NAN ? 0x7f : f32_to_e4m3(floatX_to_f32(from[k]) * inverse);
+        }
+        kept.scales[group] = (uint8_t)scale;
+    }
+}
+
+static void cpu_swiglu_forward(floatX* out, Mxfp8 kept, const floatX* inp, int BT, int F) {
+    if (kept.codes) {
+        mxfp8_encode(kept, inp, BT, 2 * F);
+    }
 #pragma omp parallel for schedule(static)
     for (int t = 0; t < BT; t++) {
         const floatX *gate = inp + (size_t)t * 2 * F, *up = gate + F;
@@ -204,18 +229,41 @@ static void cpu_swiglu_forward(floatX* out, const floatX* inp, int BT, int F) {
     }
 }
 
+// v = n neighbouring elements from the one at `first` on, of kept's groups where there is one
+static inline void swiglu_load(float* v, const floatX* inp, Mxfp8 kept, size_t first, int n) {
+    if (kept.codes) {
+        uint32_t scale = kept.scales[first / GROUP];
+#pragma omp simd
+        for (int k = 0; k < n; k++) {
+            v[k] = mxfp8_decode(kept.codes[first + (size_t)k], scale);
+        }
+        return;
+    }
+#pragma omp simd
+    for (int k = 0; k < n; k++) {
+        v[k] = floatX_to_f32(inp[first + (size_t)k]);
+    }
+}
+
 // silu'(g) = s (1 + g (1 - s)), s = sigmoid(g)
-static void cpu_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int BT, int F) {
+static void cpu_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, int BT, int F) {
 #pragma omp parallel for schedule(static)
     for (int t = 0; t < BT; t++) {
-        const floatX *gate = inp + (size_t)t * 2 * F, *up = gate + F, *dy = dout + (size_t)t * F;
-        floatX *dgate = dinp + (size_t)t * 2 * F, *dup = dgate + F;
+        for (int begin = 0; begin < F; begin += GROUP) {
+            int n = min_int(GROUP, F - begin);
+            size_t at = (size_t)t * 2 * F + begin;
+            const floatX* dy = dout + (size_t)t * F + begin;
+            floatX *dgate = dinp + at, *dup = dgate + F;
+            float gate[GROUP], up[GROUP];
+            swiglu_load(gate, inp, kept, at, n);
+            swiglu_load(up, inp, kept, at + F, n);
 #pragma omp simd
-        for (int f = 0; f < F; f++) {
-            float g = floatX_to_f32(gate[f]), u = floatX_to_f32(up[f]), d = floatX_to_f32(dy[f]);
-            float s = 1.0f / (1.0f + cpu_exp(-g));
-            dgate[f] = f32_to_floatX(d * u * s * (1.0f + g * (1.0f - s)));
-            dup[f] = f32_to_floatX(d * g * s);
+            for (int f = 0; f < n; f++) {
+                float g = gate[f], u = up[f], d = floatX_to_f32(dy[f]);
+                float s = 1.0f / (1.0f + cpu_exp(-g));
+                dgate[f] = f32_to_floatX(d * u * s * (1.0f + g * (1.0f - s)));
+                dup[f] = f32_to_floatX(d * g * s);
+            }
         }
     }
 }

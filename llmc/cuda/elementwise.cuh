@@ -1,6 +1,6 @@
 // cuda/elementwise.cuh: residual add, RoPE, SwiGLU. Bound by memory: 16 bytes a thread and load, each byte moved once.
 #pragma once
-#include "common.cuh"
+#include "mxfp8.cuh"
 
 #define ELEMENT_THREADS 256
 
@@ -68,43 +68,71 @@ static void cuda_rope(floatX* qkv, const float* table, AttentionShape s, int fir
     cuda_check_launch();
 }
 
-template <int N>
-__global__ void swiglu_forward_kernel(floatX* out, const floatX* inp, size_t BT, int F) {
+// KEEP: inp also goes to kept; N is VEC then, F a multiple of GROUP
+template <int N, int KEEP>
+__global__ void swiglu_forward_kernel(floatX* out, Mxfp8 kept, const floatX* inp, size_t BT, int F) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
-    if (i >= BT * F) {
+    int valid = i < BT * F;
+    if (!KEEP && !valid) {
         return;
     }
-    size_t row = i / F, f = i % F;
-    Lanes<N> gate = lanes_load<N>(inp + row * 2 * F + f), up = lanes_load<N>(inp + row * 2 * F + F + f);
+    i = valid ? i : 0;
+    size_t row = i / F, f = i % F, at = row * 2 * F + f;
+    if constexpr (KEEP) {
+        vector_keep(kept, at / N, reals_load<N>(inp + at), valid);
+        vector_keep(kept, (at + F) / N, reals_load<N>(inp + at + F), valid);
+    }
+    Lanes<N> gate = lanes_load<N>(inp + at), up = lanes_load<N>(inp + at + F);
 #pragma unroll
     for (int j = 0; j < N; j++) {
         float g = floatX_to_f32(gate.v[j]);
         gate.v[j] = to_floatX(g / (1.0f + __expf(-g)) * floatX_to_f32(up.v[j]));
     }
-    lanes_store(out + i, gate);
+    if (valid) {
+        lanes_store(out + i, gate);
+    }
 }
 
-static void cuda_swiglu_forward(floatX* out, const floatX* inp, int BT, int F) {
+static void kept_check(Mxfp8 kept, int F) {
+    check(kept.codes == NULL || (F % GROUP == 0 && (uintptr_t)kept.codes % VEC == 0),
+          "internal: no MXFP8 of rows of 2 x %d at %p", F, (void*)kept.codes);
+}
+
+// out (BT, F) = silu(gate) * up, inp (BT, 2F); kept (BT, 2F) = inp where there is one
+static void cuda_swiglu_forward(floatX* out, Mxfp8 kept, const floatX* inp, int BT, int F) {
     size_t n = (size_t)BT * F;
-    if (F % VEC == 0) {
-        swiglu_forward_kernel<VEC><<<element_blocks(n / VEC), ELEMENT_THREADS, 0, gpu.stream>>>(out, inp, BT, F);
+    int blocks = element_blocks(F % VEC == 0 ? n / VEC : n);
+    kept_check(kept, F);
+    if (kept.codes) {
+        swiglu_forward_kernel<VEC, 1><<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(out, kept, inp, BT, F);
+    } else if (F % VEC == 0) {
+        swiglu_forward_kernel<VEC, 0><<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(out, kept, inp, BT, F);
     } else {
-        swiglu_forward_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, gpu.stream>>>(out, inp, BT, F);
+        swiglu_forward_kernel<1, 0><<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(out, kept, inp, BT, F);
     }
     cuda_check_launch();
 }
 
-template <int N>
-__global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, size_t BT, int F) {
+// KEPT: of kept instead of inp, N as above
+template <int N, int KEPT>
+__global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, size_t BT,
+                                       int F) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
     if (i >= BT * F) {
         return;
     }
     size_t row = i / F, f = i % F, at = row * 2 * F + f;
-    Lanes<N> gate = lanes_load<N>(inp + at), up = lanes_load<N>(inp + at + F), dy = lanes_load<N>(dout + i);
+    Lanes<N> gate, up, dy = lanes_load<N>(dout + i);
+    KeptVector kept_gate, kept_up;
+    if constexpr (KEPT) {
+        kept_gate = kept_load(kept, at / N), kept_up = kept_load(kept, (at + F) / N);
+    } else {
+        gate = lanes_load<N>(inp + at), up = lanes_load<N>(inp + at + F);
+    }
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        float g = floatX_to_f32(gate.v[j]), u = floatX_to_f32(up.v[j]), d = floatX_to_f32(dy.v[j]);
+        float g = KEPT ? kept_get(kept_gate, j) : floatX_to_f32(gate.v[j]);
+        float u = KEPT ? kept_get(kept_up, j) : floatX_to_f32(up.v[j]), d = floatX_to_f32(dy.v[j]);
         float s = 1.0f / (1.0f + __expf(-g));
         gate.v[j] = to_floatX(d * u * s * (1.0f + g * (1.0f - s)));
         up.v[j] = to_floatX(d * g * s);
@@ -113,13 +141,17 @@ __global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const f
     lanes_store(dinp + at + F, up);
 }
 
-static void cuda_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int BT, int F) {
+// dinp (BT, 2F) = gradient at inp or, where there is one, at kept's values
+static void cuda_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, int BT, int F) {
     size_t n = (size_t)BT * F;
-    if (F % VEC == 0) {
-        swiglu_backward_kernel<VEC>
-            <<<element_blocks(n / VEC), ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, BT, F);
+    int blocks = element_blocks(F % VEC == 0 ? n / VEC : n);
+    kept_check(kept, F);
+    if (kept.codes) {
+        swiglu_backward_kernel<VEC, 1><<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, kept, BT, F);
+    } else if (F % VEC == 0) {
+        swiglu_backward_kernel<VEC, 0><<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, kept, BT, F);
     } else {
-        swiglu_backward_kernel<1><<<element_blocks(n), ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, BT, F);
+        swiglu_backward_kernel<1, 0><<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dout, inp, kept, BT, F);
     }
     cuda_check_launch();
 }

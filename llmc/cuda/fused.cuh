@@ -5,6 +5,7 @@
 //
 //   bytes an element, fp8 carrier, codes kept     fused                        composition
 //   swiglu_quantize                               4 + 0.66 + 1     = 5.66      4 + 2 + 3.66     = 9.66
+//   the same with gate_up kept as MXFP8           7.72                         11.72
 //   rmsnorm_quantize, with the add                6 + 0.66 + 1     = 7.66      6 + 2 + 3.66     = 11.66
 //   rmsnorm_quantize                              2 + 0.66 + 1     = 3.66      2 + 2 + 3.66     = 7.66
 //
@@ -26,8 +27,9 @@ static void quantize_of_scratch(const QuantizeArgs* args, const floatX* scratch)
     cuda_quantize(&of_scratch);
 }
 
-static void unfused_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, const floatX* gate_up, int BT, int F) {
-    cuda_swiglu_forward(scratch, gate_up, BT, F);
+static void unfused_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up,
+                                    int BT, int F) {
+    cuda_swiglu_forward(scratch, kept, gate_up, BT, F);
     quantize_of_scratch(args, scratch);
 }
 
@@ -45,8 +47,6 @@ static void unfused_rmsnorm_quantize(const QuantizeArgs* args, floatX* scratch, 
 #define cuda_swiglu_quantize unfused_swiglu_quantize
 #define cuda_rmsnorm_quantize unfused_rmsnorm_quantize
 #else
-
-#define PART_LANES (GROUP / VEC)  // lanes that share a group
 
 // ---------------------------------------------------------------------------------------------------------------------
 // the job of an operand x that is made on the way; source: what the kernel reads in 16-byte accesses
@@ -75,6 +75,7 @@ static QuantizeJob fused_job(const QuantizeArgs* args, const floatX* source, int
     job.mask = out->mask;
     job.operand = out->operand;
     job.base = out->operand && out->carrier != FORMAT_FLOATX ? out->base : NULL;
+    job.again = args->again;
     job.owed = out->owed;
     return job;
 }
@@ -170,8 +171,9 @@ __device__ __forceinline__ void swiglu_group(float* v, const Vector* gate, const
     group_unpack<floatX>(v, words);
 }
 
-__global__ void __launch_bounds__(GROUP_THREADS, 3)
-    swiglu_quantize_kernel(const __grid_constant__ QuantizeJob job) {  // job.tensor is gate_up
+// job.tensor is gate_up; KEEP: which goes to job.kept, too
+template <int KEEP>
+__global__ void __launch_bounds__(GROUP_THREADS, 3) swiglu_quantize_kernel(const __grid_constant__ QuantizeJob job) {
     __shared__ uint4 stages[GROUP_WARPS][STAGE_CHUNKS(floatX)];
     const int N = GROUP_CHUNKS(floatX);
     BaseUse use;
@@ -189,6 +191,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 3)
         int count = (int)min(groups - first, (uint32_t)WARP_LANES);
         Vector gate[N], up[N];
         float v[GROUP];
+        GatePlace place_kept = place;
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int valid = (int)lane + WARP_LANES * i < count * N;  // beyond the end any will do
@@ -198,6 +201,13 @@ __global__ void __launch_bounds__(GROUP_THREADS, 3)
             gate_step(&place, step, row_vectors);
         }
         gate_step(&place, jump, row_vectors);
+#pragma unroll
+        for (int i = 0; KEEP && i < N; i++) {
+            int valid = (int)lane + WARP_LANES * i < count * N;
+            vector_keep(job.kept, place_kept.at, gate[i], valid);
+            vector_keep(job.kept, (size_t)place_kept.at + row_vectors, up[i], valid);
+            gate_step(&place_kept, step, row_vectors);
+        }
         swiglu_group<N>(v, gate, up, stage);
         GroupTops tops;
         uint32_t scale = group_tops<SCALE_QUEST, ROUND_NEAREST>(&tops, &mask, v, ROTATE_HADAMARD, &job.keys, 0, 0);
@@ -220,17 +230,21 @@ __global__ void __launch_bounds__(GROUP_THREADS, 3)
     base_end(job, &use);
 }
 
-// args->out (BT, F) = quantize(swiglu_forward(gate_up (BT, 2F))); args->tensor is not read, scratch (BT, F) may stay as
-// it was. Asynchronous, as cuda_quantize.
-static void cuda_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, const floatX* gate_up, int BT, int F) {
+// args->out (BT, F) = quantize(swiglu_forward(gate_up (BT, 2F))), kept (BT, 2F) = gate_up where there is one;
+// args->tensor is not read, scratch (BT, F) may stay as it was. Asynchronous, as cuda_quantize.
+static void cuda_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up, int BT,
+                                 int F) {
     if (!fused_can(args) || (uint64_t)BT * 2 * (uint64_t)F / VEC >> 32) {
-        unfused_swiglu_quantize(args, scratch, gate_up, BT, F);
+        unfused_swiglu_quantize(args, scratch, kept, gate_up, BT, F);
         return;
     }
     QuantizeJob job = fused_job(args, gate_up, BT, F);
+    job.kept = kept;
+    kept_check(kept, F);
     size_t tiles = (size_t)ceil_div((int64_t)BT * (F / GROUP), GROUP_THREADS);
     for (job.check = 0; tiles > 0 && job.check < (job.base ? 2 : 1); job.check++) {
-        job_launch(swiglu_quantize_kernel, &job, GROUP_THREADS, tiles, 1);
+        int keep = kept.codes && !job.check;
+        job_launch(keep ? swiglu_quantize_kernel<1> : swiglu_quantize_kernel<0>, &job, GROUP_THREADS, tiles, 1);
     }
     cuda_check_launch();
 }

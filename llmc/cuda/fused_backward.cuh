@@ -5,14 +5,15 @@
 //
 //   bytes an element                fused                              composition
 //   unrotate_swiglu_backward        2 + 0.13 + 4 + 4     = 10.1        4.1 + 10    = 14.1
+//   the same of MXFP8               2 + 0.13 + 2.06 + 4  = 8.2         4.1 + 8.1   = 12.2
 //   unrotate_rmsnorm_backward       2 + 0.13 + 4 + 2     = 8.1         4.1 + 8     = 12.1
 #pragma once
 #include "fused.cuh"
 
 static void unfused_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                             const floatX* inp, int BT, int F) {
+                                             const floatX* inp, Mxfp8 kept, int BT, int F) {
     cuda_unrotate(real_floatX(dact), mask, row_scale, BT, F);
-    cuda_swiglu_backward(dinp, dact, inp, BT, F);
+    cuda_swiglu_backward(dinp, dact, inp, kept, BT, F);
 }
 
 static void unfused_unrotate_rmsnorm_backward(floatX* dinp, RealArray dweight, floatX* dnorm, const uint32_t* mask,
@@ -42,11 +43,12 @@ __device__ __forceinline__ Vector vector_unrotate(const Vector& dx, uint32_t mas
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SwiGLU: a thread has neighbouring vectors of gate, up and dact
+// SwiGLU: a thread has neighbouring vectors of gate, up and dact; KEPT: gate and up are kept's
 
+template <int KEPT>
 __global__ void __launch_bounds__(ELEMENT_THREADS, 5)
     unrotate_swiglu_backward_kernel(floatX* dinp, const floatX* dact, const uint32_t* mask, const float* row_scale,
-                                    const floatX* inp, uint32_t BT, uint32_t F) {
+                                    const floatX* inp, Mxfp8 kept, uint32_t BT, uint32_t F) {
     uint32_t row_vectors = F / VEC, warp_lane = threadIdx.x % WARP_LANES;
     uint64_t vectors = (uint64_t)BT * row_vectors, step = (uint64_t)gridDim.x * ELEMENT_THREADS;
     uint64_t vector = (uint64_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
@@ -55,13 +57,20 @@ __global__ void __launch_bounds__(ELEMENT_THREADS, 5)
     for (; vector - warp_lane < vectors; vector += step) {
         int valid = vector < vectors;
         size_t at = valid ? (size_t)row * 2 * row_vectors + in_row : 0, from = valid ? vector : 0;
-        Vector gate = ((const Vector*)inp)[at], up = ((const Vector*)inp)[at + row_vectors];
+        Vector gate, up;
+        KeptVector kept_gate, kept_up;
+        if constexpr (KEPT) {
+            kept_gate = kept_load(kept, at), kept_up = kept_load(kept, at + row_vectors);
+        } else {
+            gate = ((const Vector*)inp)[at], up = ((const Vector*)inp)[at + row_vectors];
+        }
         Vector dy = ((const Vector*)dact)[from];
         dy = vector_unrotate(dy, vector_mask(mask, from), row_scale ? row_scale[valid ? row : 0] : 1.0f);
         float dgate[VEC], dup[VEC];
 #pragma unroll
         for (int i = 0; i < VEC; i++) {  // as swiglu_backward_kernel
-            float g = reals_get(gate, i), u = reals_get(up, i), d = reals_get(dy, i);
+            float g = KEPT ? kept_get(kept_gate, i) : reals_get(gate, i), d = reals_get(dy, i);
+            float u = KEPT ? kept_get(kept_up, i) : reals_get(up, i);
             float s = 1.0f / (1.0f + __expf(-g));
             dgate[i] = d * u * s * (1.0f + g * (1.0f - s));
             dup[i] = d * g * s;
@@ -79,18 +88,25 @@ __global__ void __launch_bounds__(ELEMENT_THREADS, 5)
     }
 }
 
-// dinp (BT, 2F) = swiglu_backward with dout = unrotate(dact (BT, F), mask, row_scale); dact may be overwritten
+typedef void (*SwigluBackwardKernel)(floatX*, const floatX*, const uint32_t*, const float*, const floatX*, Mxfp8,
+                                     uint32_t, uint32_t);
+
+// dinp (BT, 2F) = swiglu_backward of inp or kept with dout = unrotate(dact (BT, F), mask, row_scale); dact may be
+// overwritten
 static void cuda_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                          const floatX* inp, int BT, int F) {
+                                          const floatX* inp, Mxfp8 kept, int BT, int F) {
     size_t tiles = (size_t)ceil_div((int64_t)BT * F / VEC, ELEMENT_THREADS);
     if (mask == NULL || tiles == 0) {
-        unfused_unrotate_swiglu_backward(dinp, dact, mask, row_scale, inp, BT, F);
+        unfused_unrotate_swiglu_backward(dinp, dact, mask, row_scale, inp, kept, BT, F);
         return;
     }
     check(F % GROUP == 0, "internal: cannot rotate (%d, %d)", BT, F);
-    int blocks = persistent_blocks(unrotate_swiglu_backward_kernel, ELEMENT_THREADS, tiles);
-    unrotate_swiglu_backward_kernel<<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dact, mask, row_scale, inp,
-                                                                                (uint32_t)BT, (uint32_t)F);
+    kept_check(kept, F);
+    SwigluBackwardKernel kernel =
+        kept.codes ? unrotate_swiglu_backward_kernel<1> : unrotate_swiglu_backward_kernel<0>;
+    int blocks = persistent_blocks(kernel, ELEMENT_THREADS, tiles);
+    kernel<<<blocks, ELEMENT_THREADS, 0, gpu.stream>>>(dinp, dact, mask, row_scale, inp, kept, (uint32_t)BT,
+                                                       (uint32_t)F);
     cuda_check_launch();
 }
 

@@ -344,14 +344,16 @@ template <int STAGES> static void quantize_launch(const QuantizeArgs* args, int 
     int from_saved = args->spec.source == SOURCE_SAVED, fp8 = out->operand && out->carrier != FORMAT_FLOATX;
     QuantizeJob job = {.rotation = args->spec.rotation, .carrier = out->carrier, .check = 0,
                        .rows = (uint32_t)out->rows, .cols = (uint32_t)out->cols, .tensor = args->tensor,
+                       .kept = MXFP8_NONE,
                        .saved_codes = from_saved ? saved->codes : NULL,
                        .saved_scales = from_saved ? saved->scales : NULL, .codes = out->codes, .scales = out->scales,
                        .mask = out->mask, .operand = out->operand, .base = fp8 ? out->base : NULL,
                        .row_scale = fp8 ? out->row_scale : NULL,
-                       .row_under = args->row_under, .seed = args->seed, .sign_stream = args->sign_stream,
-                       .sign_index = args->sign_index, .round_stream = args->round_stream,
-                       .round_index = args->round_index, .position = args->position, .owed = out->owed,
-                       .stats = args->stats, .keys = philox_keys(args->seed)};
+                       .row_under = args->row_under, .again = args->again, .seed = args->seed,
+                       .sign_stream = args->sign_stream, .sign_index = args->sign_index,
+                       .round_stream = args->round_stream, .round_index = args->round_index,
+                       .position = args->position, .owed = out->owed, .stats = args->stats,
+                       .keys = philox_keys(args->seed)};
     if (out->rows == 0 || out->cols == 0) {
         return;
     }

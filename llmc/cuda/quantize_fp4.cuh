@@ -145,11 +145,11 @@ static void cuda_quantize_mxfp4(const QuantizeArgs* args) {
     fp4_end(args, &source);
 }
 
-static void cuda_swiglu_quantize_mxfp4(const QuantizeArgs* args, floatX* scratch, const floatX* gate_up, int BT,
-                                       int F) {
+static void cuda_swiglu_quantize_mxfp4(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up,
+                                       int BT, int F) {
     QTensor source;
     QuantizeArgs begun = fp4_begin(args, &source);
-    cuda_swiglu_quantize(&begun, scratch, gate_up, BT, F);
+    cuda_swiglu_quantize(&begun, scratch, kept, gate_up, BT, F);
     fp4_end(args, &source);
 }
 

@@ -19,6 +19,7 @@ typedef struct {
     int check;                       // second launch
     uint32_t rows, cols;             // of the operand
     const floatX* tensor;
+    Mxfp8 kept;                      // where swiglu_quantize_kernel keeps its tensor, too, or none
     const uint8_t *saved_codes, *saved_scales;
     uint8_t *codes, *scales;         // each may be NULL
     uint32_t* mask;
@@ -26,6 +27,7 @@ typedef struct {
     CarrierBase* base;
     float* row_scale;
     int32_t* row_under;              // with row_scale, or NULL
+    int again;                       // groups under the window were counted before
     uint64_t seed, sign_stream, sign_index, round_stream, round_index;
     const uint64_t* position;
     float owed;
@@ -110,7 +112,7 @@ __device__ __forceinline__ void base_end(const QuantizeJob& job, BaseUse* use) {
         if (!job.check) {
             atomicMax(&job.base->largest, largest);
         }
-        if (under) {
+        if (under && !job.again) {
             atomicAdd(&job.base->under, under);
         }
     }
