@@ -221,9 +221,6 @@ static void save_report(Trainer* t, SaveResult result) {
         fprintf(stderr, "train_llama: checkpoint of step %lld not saved: %s; earlier checkpoints stand\n",
                 (long long)step, saver->error);
     } else if (result == SAVE_DONE) {
-        if (t->run.comm.rank == 0) {
-            checkpoint_prune(t->run.out, t->run.config.keep);
-        }
         log_save(&t->log, step, saver->state.tokens, path, seconds, saver->held);
     }
     free(path);

@@ -2,8 +2,9 @@
 //
 // A save holds training for a copy to host memory only (saver_begin). Then a thread of every rank writes the rank's
 // optimizer file, rank 0's also the model; when all are done (the loop asks at every step: saver_advance), a thread of
-// rank 0 writes state.json and commits by rename. Until then the folder is named .tmp, so a save that is cut short
-// leaves nothing that could be taken for a checkpoint. One save at a time: the next waits (saver_wait).
+// rank 0 writes state.json, commits by rename and removes what --keep does not keep. Until the rename the folder is
+// named .tmp, so a save that is cut short leaves nothing that could be taken for a checkpoint. One save at a time: the
+// next waits (saver_wait).
 //
 // Without a snapshot (--async-save off, or no memory for it) the thread reads the device itself and training waits.
 #pragma once
@@ -302,6 +303,9 @@ static void* saver_commit(void* argument) {
     }
     if (!writer->error[0] && fsync_path(saver->out) != 0) {
         writer_fail(writer, "cannot flush folder '%s': %s", saver->out, strerror(errno));
+    }
+    if (!writer->error[0]) {
+        checkpoint_prune(saver->out, saver->config->keep);  // here, because removing large files takes a while
     }
     free(final_path);
     saver_say_done(saver);

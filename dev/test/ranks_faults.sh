@@ -21,7 +21,7 @@ start() {
     "${LAUNCH[@]}" -np "$n" "$TRAIN" "$@" >out.txt 2>err.txt &
     job=$!
     background+=($job)
-    for _ in $(seq 200); do grep -qs '^step ' out.txt && break; sleep 0.05; done
+    for _ in $(seq 1200); do grep -qs '^step ' out.txt && break; kill -0 $job 2>/dev/null || break; sleep 0.05; done
     mapfile -t pids < <(pgrep -P "$job")
 }
 # signal_rank SIGNAL N: to rank N of the job, unless it is over
