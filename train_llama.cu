@@ -436,14 +436,14 @@ static int run_prompt_only(Trainer* t) {
     return EXIT_DONE;
 }
 
-// checkpoints go through host memory where all ranks have twice what that takes
+// checkpoints go through host memory where all ranks have twice what that takes and training goes on after a save
 static void start_saver(Trainer* t) {
     const Run* run = &t->run;
     int separator = run->tokenizer ? tokenizer_separator(run->tokenizer) : -1;
     t->saver = saver_open(&run->comm, run->out, &t->model, &run->config, run->tokenizer_path, separator);
     int64_t all = (int64_t)saver_snapshot_bytes(&t->saver) * run->comm.local_size;
     int64_t fits = comm_min_of(&run->comm, 2 * all < (int64_t)cpu_available_bytes());
-    if (!strcmp(run->config.async_save, "on") || (fits && is_auto_text(run->config.async_save))) {
+    if (!strcmp(run->config.async_save, "on") || (fits && run->config.save_every > 0 && is_auto_text(run->config.async_save))) {
         saver_allocate_snapshot(&t->saver);
     }
 }
