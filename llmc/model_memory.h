@@ -222,7 +222,7 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
         size_t bytes = 0;
         for (int i = 0; i < m->L * LINEAR_KINDS; i++) {
             const Linear* linear = &model->linears[i];
-            bytes += linear_weight_bytes(&model->linear, linear->recipe, linear->C, linear->OC);
+            bytes += linear_weight_bytes(linear->recipe, linear->C, linear->OC);
         }
         model->quantized_memory = arena_take(arena, bytes);
         break;
