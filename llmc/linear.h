@@ -20,7 +20,7 @@ typedef struct {
     int C, OC;
     const floatX* weight;  // (OC, C)
     RealArray dweight;     // (OC, C), in rotated space until finished where the recipe rotates
-    QTensor w;             // the forward operand of this step
+    QTensor w;             // the forward operand of this step; what the carrier multiplies of it is scratch
 } Linear;
 
 // Of one step. under: groups of a carrier's operand too far below the largest one to be exact, and all of its groups
@@ -64,11 +64,11 @@ static size_t carrier_bytes(const LinearContext* ctx, const Recipe* recipe, Oper
 
 // Scratch for one operand of any GEMM: the carrier's elements, or codes where products decode
 static size_t linear_scratch_bytes(const LinearContext* ctx, const Recipe* recipe, int BT, int C, int OC) {
-    const int shapes[OPERANDS][2] = {{BT, C}, {0, 0}, {BT, OC}, {C, OC}, {OC, BT}, {C, BT}};
+    const int shapes[OPERANDS][2] = {{BT, C}, {OC, C}, {BT, OC}, {C, OC}, {OC, BT}, {C, BT}};
     size_t most = 0;
     for (int id = 0; id < OPERANDS; id++) {
         int rows = shapes[id][0], cols = shapes[id][1];
-        size_t codes = id == OPERAND_X ? 0 : qtensor_bytes(recipe_spec(recipe, (OperandId)id), rows, cols);
+        size_t codes = id <= OPERAND_W ? 0 : qtensor_bytes(recipe_spec(recipe, (OperandId)id), rows, cols);
         size_t carried = carrier_bytes(ctx, recipe, (OperandId)id, rows, cols);
         most = max_size(most, carried ? carried : codes);
     }
@@ -76,9 +76,8 @@ static size_t linear_scratch_bytes(const LinearContext* ctx, const Recipe* recip
 }
 
 // what a weight keeps for the step
-static size_t linear_weight_bytes(const LinearContext* ctx, const Recipe* recipe, int C, int OC) {
-    return (size_t)round_up((int64_t)qtensor_bytes(&recipe->w, OC, C), 256) +
-           (size_t)round_up((int64_t)carrier_bytes(ctx, recipe, OPERAND_W, OC, C), 256);
+static size_t linear_weight_bytes(const Recipe* recipe, int C, int OC) {
+    return (size_t)round_up((int64_t)qtensor_bytes(&recipe->w, OC, C), 256);
 }
 
 // on the device, or NULL where there are none
@@ -156,12 +155,13 @@ static QTensor linear_operand(const LinearContext* ctx, OperandId id, const Line
     return out;
 }
 
-// w for this step. memory: linear_weight_bytes, kept until the next call.
+// w for this step. memory: linear_weight_bytes, kept until the next call. What the carrier multiplies is made, too, for
+// its base, but not kept: a byte or two of each parameter, for which every product instead reads half a byte and writes
+// scratch, less than 1 % of its time.
 static void linear_quantize_weight(const LinearContext* ctx, Linear* linear, void* memory) {
     QuantStats* stats = ctx->telemetry ? &ctx->telemetry->w[linear->kind] : NULL;
-    char* carried = (char*)memory + round_up((int64_t)qtensor_bytes(&linear->recipe->w, linear->OC, linear->C), 256);
-    linear->w = linear_operand(ctx, OPERAND_W, linear, memory, carried, linear->OC, linear->C, linear->weight, NULL, 0,
-                               stats);
+    linear->w = linear_operand(ctx, OPERAND_W, linear, memory, ctx->operand_b, linear->OC, linear->C, linear->weight,
+                               NULL, 0, stats);
 }
 
 // where this step's telemetry of a layer's x goes, or NULL
@@ -209,8 +209,11 @@ static QTensor linear_swiglu_input(const LinearContext* ctx, const Linear* linea
     return linear_input(ctx, linear, memory, act, BT);
 }
 
-// out (BT, OC) = x . w^T
+// out (BT, OC) = x . w^T; operand_b is overwritten
 static void linear_product(const LinearContext* ctx, const Linear* linear, floatX* out, const QTensor* x) {
+    if (linear->w.operand) {
+        ctx->ops->carry(&linear->w);
+    }
     GemmArgs gemm = {.out = real_floatX(out), .accumulate = 0, .a = x, .b = &linear->w, .alpha = 1.0f};
     ctx->ops->gemm(&gemm);
 }

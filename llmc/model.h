@@ -25,7 +25,7 @@ static void model_quantize_weights(Model* model) {
     for (int i = 0; i < model->config.L * LINEAR_KINDS; i++) {
         Linear* linear = &model->linears[i];
         linear_quantize_weight(&model->linear, linear, at);
-        at += linear_weight_bytes(&model->linear, linear->recipe, linear->C, linear->OC);
+        at += linear_weight_bytes(linear->recipe, linear->C, linear->OC);
     }
     model->weights_quantized = 1;
 }

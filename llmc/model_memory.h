@@ -29,16 +29,16 @@ static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 
 typedef struct {
     floatX* inp;         // (BT, C) residual stream at the block's entry
     float* rstd1;        // (BT)
-    floatX* norm1;       // (BT, C), quantizing recipes never keep it: their operand stands for it, where that is kept
+    floatX* norm1;       // (BT, C). Of a quantizing block norm1, norm2 and act are one scratch: operands stand for them
     floatX* qkv;         // (BT, A + 2 KV) after rope
     float* lse;          // (B, NH, T)
     floatX* att;         // (BT, A)
     floatX* mid;         // (BT, C) residual stream after attention
     float* rstd2;        // (BT)
-    floatX* norm2;       // (BT, C), as norm1
+    floatX* norm2;       // (BT, C)
     floatX* gate_up;     // (BT, 2F), or scratch where there is
     Mxfp8 kept;          // the same for backward; what else is made of gate_up, act or x of down, is then kept, too
-    floatX* act;         // (BT, F), as norm1
+    floatX* act;         // (BT, F)
     char* x_memory[LINEAR_KINDS];
     QTensor x[LINEAR_KINDS];  // forward operands of the four linear layers
 } BlockActivations;
@@ -163,15 +163,22 @@ static void model_layout_block(Model* model, Arena* arena, int l, SharedBuffer* 
 #define TAKE(keep, field, type, count) \
     b->field = (type*)arena_take_shared(arena, shared++, keep, (count) * sizeof(type))
     TAKE(block, rstd1, float, BT);
-    TAKE(outputs, norm1, floatX, BT * m->C);
+    if (dense) {
+        TAKE(outputs, norm1, floatX, BT * m->C);
+        TAKE(outputs, norm2, floatX, BT * m->C);
+        TAKE(outputs, act, floatX, BT * m->F);
+        shared++;
+    } else {
+        shared += 3;
+        TAKE(0, act, floatX, BT * (size_t)max_int(m->C, m->F));
+        b->norm1 = b->norm2 = b->act;
+    }
     TAKE(block, qkv, floatX, BT * (A + 2 * KV));
     TAKE(block, lse, float, BT * m->NH);
     TAKE(block, att, floatX, BT * A);
     TAKE(block, mid, floatX, BT * m->C);
     TAKE(block, rstd2, float, BT);
-    TAKE(outputs, norm2, floatX, BT * m->C);
     TAKE(ffn && !fp8, gate_up, floatX, BT * 2 * m->F);
-    TAKE(outputs, act, floatX, BT * m->F);
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         const Linear* linear = &model->linears[l * LINEAR_KINDS + kind];
         TAKE(dense || kept || (fp8 && kind == LINEAR_DOWN), x_memory[kind], char,
@@ -232,7 +239,7 @@ static void model_layout(Model* model, MemoryClass kind, Arena* arena) {
         size_t bytes = 0;
         for (int i = 0; i < m->L * LINEAR_KINDS; i++) {
             const Linear* linear = &model->linears[i];
-            bytes += linear_weight_bytes(&model->linear, linear->recipe, linear->C, linear->OC);
+            bytes += linear_weight_bytes(linear->recipe, linear->C, linear->OC);
         }
         model->quantized_memory = arena_take(arena, bytes);
         break;

@@ -175,6 +175,8 @@ typedef struct Ops {
 
     // codes, scales and mask of one operand; the arithmetic is pinned, results are bit-equal between backends
     void (*quantize)(const QuantizeArgs* args);
+    // q->operand = what the carrier multiplies, made again of q's codes, bit for bit as quantize made it with them
+    void (*carry)(const QTensor* q);
     // can this backend compute that spec?
     int (*quantize_supports)(const QuantSpec* spec);
     void (*gemm)(const GemmArgs* args);

@@ -7,7 +7,8 @@
 //
 // check   every function against the composition of operations that it stands for, bit for bit (NaN is NaN), with bases
 //         that were predicted right and wrong; SwiGLU for each of the 65536 gates; MXFP8 of gate_up against the CPU's,
-//         and what backward makes of it against the same of its decoded values; planted errors
+//         and what backward makes of it against the same of its decoded values; operands from their codes; planted
+//         errors
 // bench   medians of 20, fused and unfused, on the layers of 200m, tinyllama-1.1b and llama2-7b; bytes are the fewest
 //         that the fused pass must move, and the share is that of a device-to-device copy of 2 GiB in the same run
 // small   each kernel once, for compute-sanitizer
@@ -177,6 +178,12 @@ static void check_outputs(const Sides* s, Quantizer kind, const QTensor* out, en
         report_equal(s, s->base[0], s->base[1], sizeof(CarrierBase), AS_BYTES, "%s: base", name);
     } else if (variant == VALUES) {
         report_equal(s, out[0].operand, out[1].operand, count, AS_FLOATX, "%s: values", name);
+    }
+    if (variant == KEEP || variant == VALUES) {
+        cuda_check(cudaMemsetAsync(out[1].operand, 0xaa, count, gpu.stream));
+        cuda_carry(&out[1]);
+        report_equal(s, out[0].operand, out[1].operand, count, variant == KEEP ? AS_BYTES : AS_FLOATX, "%s: carry",
+                     name);
     }
     if (kind == SWIGLU_KEPT) {
         check_kept(s, out[0].rows, out[0].cols, name);
@@ -462,12 +469,12 @@ static void run_copy(void* memory) {
 }
 
 enum { TIMED_SWIGLU, TIMED_SWIGLU_KEPT, TIMED_NORM, TIMED_ADD_NORM, TIMED_SWIGLU_BACKWARD,
-       TIMED_SWIGLU_BACKWARD_KEPT, TIMED_NORM_BACKWARD, TIMED };
+       TIMED_SWIGLU_BACKWARD_KEPT, TIMED_NORM_BACKWARD, TIMED_CARRY, TIMED };
 static const struct { const char* name; double bytes; int wide; } timed[] = {
     {"swiglu_quantize", 5.65625, 1},         {"swiglu_quantize, kept", 7.71875, 1},
     {"rmsnorm_quantize", 3.65625, 0},        {"rmsnorm_quantize, add", 7.65625, 0},
     {"unrotate_swiglu_backward", 10.125, 1}, {"the same, kept", 8.1875, 1},
-    {"unrotate_rmsnorm_backward", 8.125, 0}};
+    {"unrotate_rmsnorm_backward", 8.125, 0}, {"carry; quantize unfused", 1.53125, 1}};
 
 typedef struct { const Sides* s; int what, side, BT, C; } TimedRun;
 
@@ -479,6 +486,10 @@ static void run_timed(void* state) {
         QTensor out = variant_out(s, t->side, BT, C, KEEP);
         QuantizeArgs args = case_args(&cases[0], ROUND_NEAREST, &out, NULL, NULL, NULL);
         quantizer_run(s, (Quantizer)t->what, &args, t->side);
+    } else if (t->what == TIMED_CARRY) {
+        QTensor out = variant_out(s, 0, BT, C, KEEP);
+        QuantizeArgs args = case_args(&cases[0], ROUND_NEAREST, &out, s->inp, NULL, NULL);
+        fused ? cuda_carry(&out) : cuda_quantize(&args);
     } else if (t->what <= TIMED_SWIGLU_BACKWARD_KEPT) {
         Mxfp8 kept = mxfp8_at((size_t)BT, 2 * (size_t)C, s->kept[0]);
         (fused ? cuda_unrotate_swiglu_backward : unfused_unrotate_swiglu_backward)(

@@ -297,6 +297,21 @@ static void carrier_expect(const CarrierWant* want, const Output* out, int zeros
 // ---------------------------------------------------------------------------------------------------------------------
 // operands
 
+// what the carrier multiplies, from the codes: as it was made with them, before the bases go on and after
+static void cuda_test_carry(const OperandCase* c, const LinearContext* ctx, const OperandSource* source,
+                            const CarrierWant* want, void* kept, const char* what) {
+    Output carried = output_make(NULL, carrier_bytes(ctx, quant_linear().recipe, c->id, c->rows, c->cols));
+    for (int run = 0; run < 2; run++) {
+        QTensor q = operand_gpu(c, ctx, source, kept, carried.at[run]);
+        CUDA_OPS.zero(q.operand, carrier_operand_bytes(gpu.carrier, c->id, c->rows, c->cols));
+        if (run == 1) {
+            CUDA_OPS.carrier_begin(ctx->bases, QUANT_BASES);
+        }
+        CUDA_OPS.carry(&q);
+    }
+    carrier_expect(want, &carried, 0, 0, label("%s, from its codes", what));
+}
+
 // run 0 expects a base that proves wrong, run 1 that of the use before
 static void cuda_test_operand(const OperandCase* c, Draw draw) {
     char what[128];
@@ -339,6 +354,9 @@ static void cuda_test_operand(const OperandCase* c, Draw draw) {
                got.under, 3 * want.base.under);
         CUDA_OPS.release(ctx.telemetry);
         ctx.telemetry = NULL;
+    }
+    if (c->id <= OPERAND_W) {
+        cuda_test_carry(c, &ctx, &source, &want, kept.at[0], what);
     }
     if (operand_spec(c->id)->rotation == ROTATE_SIGNED && draw == DRAW_NORMAL) {  // planted: another position
         const uint64_t elsewhere = QUANT_POSITION + 1;

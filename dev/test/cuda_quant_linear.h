@@ -258,7 +258,7 @@ static LinearGpu linear_gpu(const LinearCase* c) {
     g.linear.weight = (const floatX*)upload(c->w, (size_t)c->OC * c->C * X_BYTES);
     g.x = (const floatX*)upload(c->x, x_bytes);
     g.dy = (const floatX*)upload(c->dy, (size_t)c->BT * c->OC * X_BYTES);
-    g.w_memory = upload_zeros(linear_weight_bytes(&g.ctx, recipe, c->C, c->OC));
+    g.w_memory = upload_zeros(linear_weight_bytes(recipe, c->C, c->OC));
     g.x_memory = upload_zeros(qtensor_bytes(&recipe->x, c->BT, c->C));
     return g;
 }

@@ -227,7 +227,7 @@ static LinearCase linear_case_on(const Ops* ops, const char* recipe, Rounding ro
     c.linear.OC = OC;
     c.linear.weight = c.w;
     c.linear.dweight = real_f32(c.dw);
-    c.w_memory = malloc_or_die(linear_weight_bytes(&c.ctx, r, C, OC), "test");
+    c.w_memory = malloc_or_die(linear_weight_bytes(r, C, OC), "test");
     c.x_memory = malloc_or_die(qtensor_bytes(&r->x, BT, C), "test");
     linear_quantize_weight(&c.ctx, &c.linear, c.w_memory);
     linear_forward(&c.ctx, &c.linear, c.y, &c.saved, c.x_memory, c.x, BT);

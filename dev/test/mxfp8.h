@@ -212,8 +212,6 @@ static void test_mxfp8_model(const char* recipe, int dense) {
         expect(effect || kept[level].bytes == exact[level].bytes,
                "%s, %d dense, --recompute %s: %zu bytes instead of %zu", recipe, dense, RECOMPUTE_NAMES[level],
                kept[level].bytes, exact[level].bytes);
-        expect(level == 0 || kept[level].bytes < kept[level - 1].bytes, "%s, --recompute %s takes no less", recipe,
-               RECOMPUTE_NAMES[level]);
     }
     if (!all_dense) {
         expect(mxfp8_same(&kept[0], &kept[1]) == !dense, "%s, %d dense: levels none and norm", recipe, dense);

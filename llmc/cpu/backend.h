@@ -13,6 +13,7 @@ static void cpu_copy(void* to, const void* from, size_t bytes) { memcpy(to, from
 static void cpu_synchronize(void) {}
 static const Carrier* cpu_carrier(void) { return NULL; }
 static void cpu_carrier_begin(CarrierBase*, int) {}
+static void cpu_carry(const QTensor*) { check(0, "internal: the CPU has no carrier"); }
 static void cpu_reserve(AttentionShape shape) { (void)shape; }  // grows as it goes
 
 static size_t cpu_scratch_bytes(OperandSizes largest, AttentionShape shape, int threads) {
@@ -159,6 +160,7 @@ static const Ops CPU_OPS = {
     .swiglu_backward = cpu_swiglu_backward,
     .crossentropy = cpu_crossentropy,
     .quantize = cpu_quantize,
+    .carry = cpu_carry,
     .quantize_supports = cpu_quantize_supports,
     .gemm = cpu_gemm,
     .carrier = cpu_carrier,

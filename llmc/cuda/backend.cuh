@@ -261,6 +261,7 @@ static const Ops CUDA_OPS = {
     .swiglu_backward = cuda_swiglu_backward,
     .crossentropy = cuda_crossentropy,
     .quantize = cuda_quantize_any,
+    .carry = cuda_carry,
     .quantize_supports = cuda_supports_any,
     .gemm = cuda_gemm,
     .carrier = cuda_carrier,

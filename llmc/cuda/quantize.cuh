@@ -6,7 +6,8 @@
 //   row_base  floatX (rows, K)            dy                    2 + 1
 //   columns   floatX (K, rows)            dyt                   2 + 1
 //   saved     packed codes (K, rows)      wt, xt                0.53 + 1
-// This file has row_base, whose operand has a base for each row, and the choice between the kernels.
+//   carry     packed codes (rows, K)      w, for each product   0.53 + 1
+// This file has row_base, whose operand has a base for each row, the choice between the kernels, and carry.
 //
 // row_base: the largest scale of a row must be known before a byte of the row is written, so a block keeps the codes of
 // whole rows in registers. A thread has up to ROW_CHUNKS groups of one row, or a block several short rows. Rows of more
@@ -376,3 +377,62 @@ template <int STAGES> static void quantize_launch(const QuantizeArgs* args, int 
 
 // asynchronous; out->base->scale, or row_scale, is there when the stream comes by
 static void cuda_quantize(const QuantizeArgs* args) { quantize_launch<SOURCE_STAGES>(args, 1); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// carry: a thread has 16 elements of a row
+
+#define CARRY_ELEMENTS 16
+#define CARRY_THREADS 256
+
+// the bits 3 of the lower four digits at the bits 7 of four bytes
+__device__ __forceinline__ uint32_t signs_of_codes(uint32_t codes) {
+    uint32_t pairs = ((codes & 0x8888u) | (codes & 0x8800u) << 8) & 0x00880088u;
+    return ((pairs | pairs << 4) & 0x08080808u) << 4;
+}
+
+__global__ void __launch_bounds__(CARRY_THREADS) carry_kernel(const __grid_constant__ QTensor q, size_t pieces) {
+    size_t i = (size_t)blockIdx.x * CARRY_THREADS + threadIdx.x;
+    if (i >= pieces) {
+        return;
+    }
+    uint32_t scale = q.scales[i / (GROUP / CARRY_ELEMENTS)];
+    const uint32_t* from = (const uint32_t*)q.codes + 2 * i;
+    uint32_t codes[2] = {from[0], from[1]};
+    if (q.carrier != FORMAT_FLOATX) {
+        // as the quantizer's second launch; carrier_bases_advance takes `largest` along
+        int base = q.base->largest == CARRIER_NONE ? q.base->base : carrier_base(q.carrier, q.base->largest);
+        const float magnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+        uint32_t table[2], bytes[CARRY_ELEMENTS / 4];
+        carrier_pack<8>(table, magnitudes, carrier_factor(scale, base, 0), q.carrier);
+#pragma unroll
+        for (int k = 0; k < CARRY_ELEMENTS / 4; k++) {
+            uint32_t four = codes[k / 2] >> (k % 2 * 16);
+            bytes[k] = bytes_pick(table[0], table[1], four & 0x7777u) | signs_of_codes(four);
+        }
+        ((uint4*)q.operand)[i] = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+        return;
+    }
+    float s = ue8m0_to_f32(scale);
+#pragma unroll
+    for (int k = 0; k < CARRY_ELEMENTS; k += VEC) {
+        Lanes<VEC> lanes;
+#pragma unroll
+        for (int j = 0; j < VEC; j++) {
+            lanes.v[j] = to_floatX(mul_rn(e2m1_to_f32(codes[(k + j) / 8] >> (4 * ((k + j) % 8)) & 15u), s));
+        }
+        lanes_store((floatX*)q.operand + i * CARRY_ELEMENTS + k, lanes);
+    }
+}
+
+// q->operand again from q->codes and q->scales, as cuda_quantize wrote it with them. Asynchronous.
+static void cuda_carry(const QTensor* q) {
+    size_t pieces = (size_t)q->rows * q->cols / CARRY_ELEMENTS;
+    int fp8 = q->carrier != FORMAT_FLOATX;
+    check(q->operand && q->codes && q->cols % GROUP == 0 && (!fp8 || q->base) && (uintptr_t)q->codes % 4 == 0 &&
+              (uintptr_t)q->operand % 16 == 0,
+          "internal: nothing to make an operand (%d, %d) of", q->rows, q->cols);
+    if (pieces > 0) {
+        carry_kernel<<<(unsigned)ceil_div((int64_t)pieces, CARRY_THREADS), CARRY_THREADS, 0, gpu.stream>>>(*q, pieces);
+        cuda_check_launch();
+    }
+}
