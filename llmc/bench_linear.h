@@ -132,6 +132,10 @@ static LinearTable bench_linear_table(const Bench* bench) {
     if (quantized) {
         table_add_x(&t, bench, n, inp, bench_made_bytes(x));
     }
+    if (w->operand) {
+        table_add(&t, "w for the product", PART_QUANTIZE, bench_carry_w, forward, 0,
+                  bench_made_bytes(w) - (w->mask ? weights / 8 : 0.0));  // codes are read here, not written
+    }
     table_add(&t, "GEMM forward", PART_GEMM, bench_forward, forward, flops, 0);
     table_add(&t, "quantize dy", PART_QUANTIZE, bench_quantize_dy, backward, 0,
               dout + bench_made_bytes(&made[OPERAND_DY]));

@@ -148,9 +148,11 @@ static void bench_swiglu_x(Bench* bench) {
     b->x[LINEAR_DOWN] = linear_swiglu_input(&bench->model->linear, bench_linear(bench), b->x_memory[LINEAR_DOWN],
                                             b->act, b->kept, b->gate_up, bench_tokens(bench->model));
 }
+static void bench_carry_w(Bench* bench) { bench->model->ops->carry(&bench_linear(bench)->w); }
 static void bench_forward(Bench* bench) {
-    linear_product(&bench->model->linear, bench_linear(bench), bench_buffers(bench).out,
-                   &bench_block(bench)->x[bench->kind]);
+    GemmArgs gemm = {.out = real_floatX(bench_buffers(bench).out), .accumulate = 0,
+                     .a = &bench_block(bench)->x[bench->kind], .b = &bench_linear(bench)->w, .alpha = 1.0f};
+    bench->model->ops->gemm(&gemm);
 }
 
 static void bench_operand(Bench* bench, OperandId id, void* scratch, int rows, int cols, const floatX* tensor,
@@ -209,7 +211,7 @@ static void bench_quantize_w(Bench* bench) {
     Model* model = bench->model;
     char* at = (char*)model->quantized_memory;
     for (const Linear* linear = model->linears; linear < bench_linear(bench); linear++) {
-        at += linear_weight_bytes(&model->linear, linear->recipe, linear->C, linear->OC);
+        at += linear_weight_bytes(linear->recipe, linear->C, linear->OC);
     }
     linear_quantize_weight(&model->linear, bench_linear(bench), at);
 }

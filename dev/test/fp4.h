@@ -300,12 +300,20 @@ static void fp4_quantize(const QuantizeArgs* args) {
     }
 }
 
+// as cuda_carry_mxfp4
+static void fp4_carry(const QTensor* q) {
+    int under = q->base->under;
+    cpu_fp4_operand(q, q);
+    q->base->under = under;
+}
+
 static const Carrier* fp4_carrier(void) { return carrier_find("fp4"); }
 
 static Ops fp4_ops(void) {
     Ops ops = CPU_OPS;
     ops.name = "emulated";
     ops.quantize = fp4_quantize;
+    ops.carry = fp4_carry;
     ops.gemm = fp4_gemm;
     ops.carrier = fp4_carrier;
     return ops;

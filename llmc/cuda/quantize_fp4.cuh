@@ -97,15 +97,16 @@ __global__ void __launch_bounds__(FP4_THREADS) fp4_operand_kernel(Fp4Job job, ui
     }
 }
 
-// out->operand and its base or bases from what source holds; row_under as in QuantizeArgs. Asynchronous.
-static void fp4_operand(const QTensor* out, const QTensor* source, int32_t* row_under) {
+// out->operand and its base or bases from what source holds; groups under the window are added to *under, or NULL.
+// Asynchronous.
+static void fp4_operand(const QTensor* out, const QTensor* source, int32_t* under) {
     check((out->base != NULL) != (out->row_scale != NULL) && out->cols % GROUP == 0,
           "internal: an FP4 operand has one base, or one a row");
     check((uintptr_t)out->operand % 16 == 0 && (uintptr_t)source->codes % 4 == 0,
           "internal: an FP4 operand is not aligned");
     Fp4Job job = {.rows = (uint32_t)out->rows, .groups = (uint32_t)(out->cols / GROUP), .codes = source->codes,
                   .scales = source->scales, .to = (uint8_t*)out->operand, .tiles = nvfp4_tiles(out), .base = out->base,
-                  .row_scale = out->row_scale, .under = out->base ? &out->base->under : row_under};
+                  .row_scale = out->row_scale, .under = under};
     size_t words = nvfp4_tile_bytes(out->rows, out->cols) / sizeof(uint32_t);
     if (words == 0) {
         return;
@@ -134,7 +135,17 @@ static QuantizeArgs fp4_begin(const QuantizeArgs* args, QTensor* source) {
 
 static void fp4_end(const QuantizeArgs* args, const QTensor* source) {
     if (fp4_wanted(args)) {
-        fp4_operand(args->out, source, args->row_under);
+        int32_t* under = args->out->base ? &args->out->base->under : args->row_under;
+        fp4_operand(args->out, source, args->again ? NULL : under);
+    }
+}
+
+// q has its codes: nothing is counted again, and the base comes out as it was
+static void cuda_carry_mxfp4(const QTensor* q) {
+    if (q->carrier == FORMAT_NVFP4) {
+        fp4_operand(q, q, NULL);
+    } else {
+        cuda_carry(q);
     }
 }
 
