@@ -337,8 +337,9 @@ static void print_header(const Trainer* t, const Ops* ops) {
     printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps,
            run_tokens, (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule,
            (long long)c->warmup_steps);
-    printf("memory     %sB for the model%s (--plan lists it); recompute %s; gate+up %s, gradients %s, AdamW %s%s\n", memory,
-           t->run.comm.size > 1 ? " on each rank" : "", c->recompute, c->gate_up_dtype, c->grad_dtype, c->adam_dtype,
+    printf("memory     %sB for the model%s (--plan lists it); recompute %s; gate+up %s%s, gradients %s, AdamW %s%s\n", memory,
+           t->run.comm.size > 1 ? " on each rank" : "", c->recompute, c->gate_up_dtype,
+           run_gate_up_note(&t->run, &t->model), c->grad_dtype, c->adam_dtype,
            t->run.training.ranks > 1 ? " divided over ranks" : "");
     printf("checkpoint written %s\n", saver_is_async(&t->saver) ? "beside training" : "while training waits");
     printf("out        %s\n", t->run.out);
@@ -436,14 +437,17 @@ static int run_prompt_only(Trainer* t) {
     return EXIT_DONE;
 }
 
-// checkpoints go through host memory where all ranks have twice what that takes and training goes on after a save
+// checkpoints go through host memory where all ranks have twice what that takes
 static void start_saver(Trainer* t) {
     const Run* run = &t->run;
     int separator = run->tokenizer ? tokenizer_separator(run->tokenizer) : -1;
     t->saver = saver_open(&run->comm, run->out, &t->model, &run->config, run->tokenizer_path, separator);
-    int64_t all = (int64_t)saver_snapshot_bytes(&t->saver) * run->comm.local_size;
-    int64_t fits = comm_min_of(&run->comm, 2 * all < (int64_t)cpu_available_bytes());
-    if (!strcmp(run->config.async_save, "on") || (fits && run->config.save_every > 0 && is_auto_text(run->config.async_save))) {
+    size_t bytes = 2 * saver_snapshot_bytes(&t->saver);
+    for (int kind = 0; t->model.ops->shares_memory && kind < MEMORY_CLASSES; kind++) {
+        bytes += t->model.memory_bytes[kind];  // allocated, but not all of it has been touched
+    }
+    int64_t fits = comm_min_of(&run->comm, bytes * (size_t)run->comm.local_size < cpu_available_bytes());
+    if (saver_wants_snapshot(&run->config) && (fits || !strcmp(run->config.async_save, "on"))) {
         saver_allocate_snapshot(&t->saver);
     }
 }

@@ -101,14 +101,15 @@ static void bench_table(Bench* bench) {
     double BT = bench_tokens(model), C = m->C, F = m->F, A = (double)m->NH * m->HS, KV = (double)m->NKV * m->HS,
            L = m->L, like = bench_calls(bench).blocks;
     double x = sizeof(floatX), linear = (A + 2 * KV) * C + A * C + 3 * C * F, attention = 4.0 * BT * model->T / 2 * A;
+    double kept = bench_kept_bytes(bench);
     BenchRow rows[] = {
         {"embedding", bench_embedding, 1, 0, 2 * x * BT * C},
         {"rmsnorm forward", bench_rmsnorm, 1, 0, 2 * x * BT * C},
         {"rmsnorm backward", bench_rmsnorm_backward, 2 * L, 0, 4 * x * BT * C},
         {"add and rmsnorm forward", bench_add_rmsnorm, 2 * L, 0, 4 * x * BT * C},
         {"rope", bench_rope, 2 * L, 0, 2 * x * BT * (A + KV)},
-        {"swiglu forward", bench_swiglu, L, 0, 3 * x * BT * F},
-        {"swiglu backward", bench_swiglu_backward, L, 0, 5 * x * BT * F},
+        {"swiglu forward", bench_swiglu, L, 0, 3 * x * BT * F + kept},
+        {"swiglu backward", bench_swiglu_backward, L, 0, 3 * x * BT * F + (kept > 0 ? kept : 2 * x * BT * F)},
         {"attention forward", bench_attention, L, attention, 0},
         {"attention backward", bench_attention_backward, L, 2.5 * attention, 0},
         {"linear forward (4 layers)", bench_linears_forward, like, 2 * BT * linear, 0},

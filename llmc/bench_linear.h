@@ -34,10 +34,14 @@ static double bench_saved_bytes(const QTensor* q) {
     double elements = (double)q->rows * q->cols;
     return elements * (q->format == FORMAT_MXFP4 ? 0.5 + 1.0 / GROUP : 1.0);
 }
+// of an element: floatX, 8 bits, or 4 with a scale byte for each 16
+static double bench_carrier_bytes(Format carrier) {
+    return carrier == FORMAT_FLOATX ? (double)sizeof(floatX) : carrier == FORMAT_NVFP4 ? 0.5 + 1.0 / 16 : 1.0;
+}
 static double bench_made_bytes(const QTensor* q) {
     double elements = (double)q->rows * q->cols;
     return (q->codes ? bench_saved_bytes(q) : 0.0) + (q->mask ? elements / 8 : 0.0) +
-           (q->operand ? elements * (q->carrier == FORMAT_FLOATX ? (double)sizeof(floatX) : 1.0) : 0.0);
+           (q->operand ? elements * bench_carrier_bytes(q->carrier) : 0.0);
 }
 
 // what backward keeps of gate and up where that is not gate_up itself

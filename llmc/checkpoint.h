@@ -18,6 +18,7 @@
 #include "model.h"
 #include "safetensors.h"
 #include "tokenizer.h"
+#include "watch.h"
 
 #define CHECKPOINT_VERSION 2  // 1 had one optimizer file and gave its range as begin and end
 #define CHECKPOINT_CHUNK ((size_t)4 << 20)  // elements copied at a time
@@ -191,6 +192,7 @@ static int checkpoint_verify_files(const Comm* comm, const char* folder, const J
         }
         const char *name = json_string(json_need(file, "name")), *stored = json_string(json_need(file, "xxh64"));
         int64_t expected = json_int(json_need(file, "bytes")), bytes = 0;
+        watch_phase("checking the files of a checkpoint");
         uint64_t checksum = 0;
         char* path = format_string("%s/%s", folder, name);
         struct stat info;
@@ -274,6 +276,7 @@ static void model_config_must_match(const ModelConfig* have, const char* folder)
 
 // copy a host array of f32 to the device in the array's type
 static void copy_reals(const Model* model, RealArray device, const float* values, size_t count) {
+    watch_phase("reading a checkpoint");
     if (device.type == REAL_F32) {
         model->ops->copy_to_device(device.data, values, count * sizeof(float));
         return;

@@ -30,7 +30,8 @@ typedef struct {
     const char* out;
     const Model* model;
     const Config* config;
-    const char* tokenizer_path;        // or NULL
+    char* tokenizer;                   // on rank 0, the bytes of tokenizer.json, or NULL
+    size_t tokenizer_bytes;
     int separator;                     // the document token, or -1
     Slices slices;                     // what each rank writes: what it owns, or its share where every rank owns all
     char* snapshot[SAVED_KINDS];       // NULL: none
@@ -264,11 +265,8 @@ static void writer_put_configs(Saver* saver) {
     fclose(file);
     writer_put_text(writer, "config.json", text, bytes, 1);
     free(text);
-    if (saver->tokenizer_path) {
-        size_t size;
-        char* tokenizer = read_file_or_die(saver->tokenizer_path, &size);
-        writer_put_text(writer, "tokenizer.json", tokenizer, size, 1);
-        free(tokenizer);
+    if (saver->tokenizer) {
+        writer_put_text(writer, "tokenizer.json", saver->tokenizer, saver->tokenizer_bytes, 1);
     }
 }
 
@@ -302,7 +300,8 @@ static void* saver_commit(void* argument) {
         writer_fail(writer, "cannot rename '%s': %s", writer->folder, strerror(errno));
     }
     if (!writer->error[0] && fsync_path(saver->out) != 0) {
-        writer_fail(writer, "cannot flush folder '%s': %s", saver->out, strerror(errno));
+        writer_fail(writer, "'%s' is complete, but whether its name is on disk is not known: %s", final_path,
+                    strerror(errno));
     }
     if (!writer->error[0]) {
         checkpoint_prune(saver->out, saver->config->keep);  // here, because removing large files takes a while
@@ -342,18 +341,26 @@ static size_t saver_snapshot_bytes(const Saver* saver) {
     return bytes;
 }
 
-// out, model, config and tokenizer_path must stay
+// out, model and config must stay
 static Saver saver_open(const Comm* comm, const char* out, const Model* model, const Config* config,
                         const char* tokenizer_path, int separator) {
     Saver saver = {};
     saver.comm = comm, saver.out = out, saver.model = model, saver.config = config;
-    saver.tokenizer_path = tokenizer_path, saver.separator = separator;
+    saver.separator = separator;
+    if (tokenizer_path && comm->rank == 0) {  // now: it may lie in a checkpoint that is pruned one day
+        saver.tokenizer = read_file_or_die(tokenizer_path, &saver.tokenizer_bytes);
+    }
     saver.slices = slices_make(&model->config, &model->table, comm->rank, comm->size);
     for (int i = 0; model->training.ranks == 1 && i < saver.slices.count; i++) {
         saver.slices.list[i].at = saver.slices.list[i].begin;
     }
     saver.slice_files = (CheckpointFile*)calloc_or_die(sizeof(CheckpointFile) * (size_t)comm->size, "checkpoint");
     return saver;
+}
+
+// Is there to be host memory for a snapshot, if it has room? Not for a save at which training ends anyway.
+static int saver_wants_snapshot(const Config* config) {
+    return !strcmp(config->async_save, "on") || (is_auto_text(config->async_save) && config->save_every > 0);
 }
 
 static void saver_allocate_snapshot(Saver* saver) {
@@ -372,6 +379,7 @@ static void saver_close(Saver* saver) {
             saver->model->ops->release_host(saver->snapshot[kind]);
         }
     }
+    free(saver->tokenizer);
     free(saver->slices.list);
     free(saver->slice_files);
 }
@@ -409,17 +417,20 @@ static SaveResult saver_advance(Saver* saver, int busy) {
     return SAVE_NONE;
 }
 
-// until the save in progress is through
+// Until the save in progress is through. A slow disk is no hang: what is written may be in the system's memory and take
+// long to reach the disk, of which nothing is heard; nothing for 30 times --hang-seconds is one.
 static SaveResult saver_wait(Saver* saver) {
     SaveResult result = SAVE_NONE;
     int64_t before = 0;
+    double moved = clock_seconds();
     while (saver->phase != SAVER_IDLE && result == SAVE_NONE) {
         struct timespec pause = {0, 2000000};
         int64_t agreed[] = {saver_is_busy(saver), __atomic_load_n(&saver->written, __ATOMIC_RELAXED)};
         comm_max(saver->comm, agreed, 2);
-        if (agreed[1] != before) {  // a slow disk is no hang
-            before = agreed[1];
-            watch_phase("waiting for a checkpoint to be written");
+        moved = agreed[1] != before || !agreed[0] ? clock_seconds() : moved;
+        before = agreed[1];
+        if (clock_seconds() - moved < 30 * saver->config->hang_seconds) {
+            watch_phase("waiting for a checkpoint to reach the disk");
         }
         result = saver_advance(saver, (int)agreed[0]);
         if (agreed[0]) {

@@ -2,8 +2,8 @@
 //
 // Host side: MPI. A run of one process needs none of it: MPI is initialized only where a launcher (mpirun, srun) says
 // that it started several. Device side: a table of collectives (CommOps), by MPI where the backend computes in host
-// memory (CPU ranks), by NCCL on GPUs (cuda/comm.cuh). Sums are taken in the order of ranks, so a run on the same
-// number of ranks is the same to the bit. With one rank everything here is a no-op.
+// memory (CPU ranks), by NCCL on GPUs (cuda/comm.cuh). MPI's sums are taken in the order of ranks, NCCL's in its own. A
+// run on the same number of ranks is the same to the bit. With one rank everything here is a no-op.
 //
 // Only the main thread communicates. A rank that dies with a message ends all others with its exit code.
 #pragma once

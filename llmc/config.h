@@ -60,7 +60,8 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
     X(TEXT, out, "auto", "Run", "DIR", "output folder; auto: runs/MODEL-RECIPE")                                      \
     X(COUNT, save_every, "1000", "Run", "STEPS", "checkpoint interval; 0: only at the end")                           \
     X(CHOICE, async_save, "auto", "Run", "auto|on|off",                                                               \
-      "checkpoints are copied to host memory and written beside training; auto: where memory allows")                 \
+      "checkpoints are copied to host memory and written beside training; auto: where memory allows,"             \
+      " unless --save-every 0")                                                                                       \
     X(COUNT, keep, "3", "Run", "N", "checkpoints kept, at least 2")                                                   \
     X(TEXT, resume, "auto", "Run", "auto|never|must|PATH",                                                            \
       "continue from the newest valid checkpoint of --out, or from PATH")                                             \

@@ -118,25 +118,33 @@ static void format_count(char* buffer, size_t bytes, double x) {
     snprintf(buffer, bytes, unit && x < 99.95 ? "%.1f%s" : "%.0f%s", x, units[unit]);
 }
 
+// relative; 1 where the numbers are no numbers
+static double quant_error(const QuantStats* stats) {
+    double error = sqrt(stats->error_sq / (stats->input_sq + 1e-300));
+    return isfinite(error) ? error : 1.0;
+}
+
 static void log_telemetry(Log* log, const LinearTelemetry* telemetry) {
     static const char* const names[OPERANDS] = {"x", "w", "dy", "wt", "dyt", "xt"};
     fprintf(log->metrics, ",\"under_window\":{");
     for (int id = 0; id < OPERANDS; id++) {
         double worst = 0.0;  // of the kinds of linear layers
         for (int kind = 0; kind < LINEAR_KINDS; kind++) {
-            worst = fmax(worst, telemetry->under[kind][id] / telemetry->groups[kind][id]);
+            worst = fmax(worst, telemetry->under[kind][id] / fmax(1.0, telemetry->groups[kind][id]));
         }
         fprintf(log->metrics, "%s\"%s\":%.3g", id ? "," : "", names[id], worst);
     }
     fprintf(log->metrics, "},\"fp4\":{");
+    int any = 0;
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         const QuantStats *x = &telemetry->x[kind], *w = &telemetry->w[kind];
-        fprintf(log->metrics,
-                "%s\"%s\":{\"x_error\":%.5g,\"x_clipped\":%.5g,\"x_zero\":%.5g,\"w_error\":%.5g,\"w_clipped\":%.5g,"
-                "\"w_zero\":%.5g}",
-                kind ? "," : "", LINEAR_NAMES[kind], sqrt(x->error_sq / (x->input_sq + 1e-300)), x->clipped / x->count,
-                x->zero / x->count, sqrt(w->error_sq / (w->input_sq + 1e-300)), w->clipped / w->count,
-                w->zero / w->count);
+        if (x->count > 0 && w->count > 0) {  // else no block quantizes
+            fprintf(log->metrics,
+                    "%s\"%s\":{\"x_error\":%.5g,\"x_clipped\":%.5g,\"x_zero\":%.5g,\"w_error\":%.5g,\"w_clipped\":%.5g,"
+                    "\"w_zero\":%.5g}",
+                    any++ ? "," : "", LINEAR_NAMES[kind], quant_error(x), x->clipped / x->count, x->zero / x->count,
+                    quant_error(w), w->clipped / w->count, w->zero / w->count);
+        }
     }
     fprintf(log->metrics, "}");
 }

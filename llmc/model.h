@@ -293,6 +293,9 @@ static LinearTelemetry model_read_telemetry(Model* model, int64_t micro_batches)
     for (size_t i = 0; i < count; i++) {
         const Linear* linear = &model->linears[i / OPERANDS];
         int id = (int)(i % OPERANDS), BT = model->B * model->T;
+        if (recipe_spec(linear->recipe, (OperandId)id)->format == FORMAT_FLOATX) {
+            continue;
+        }
         double sizes[OPERANDS] = {(double)BT * linear->C,  (double)linear->C * linear->OC, (double)BT * linear->OC,
                                   (double)linear->C * linear->OC, (double)BT * linear->OC, (double)BT * linear->C};
         t.under[linear->kind][id] += (double)bases[i].under;

@@ -94,7 +94,7 @@ static void ranks_lock(Run* run) {
         run_lock(run);
     }
     if (comm->rank == 0 && comm->size > 1) {
-        check_or(pwrite(run->lock, &token, sizeof token, 0) == (ssize_t)sizeof token, EXIT_IO,
+        check_or(pwrite(run->lock, &token, sizeof token, 0) == (ssize_t)sizeof token && fsync(run->lock) == 0, EXIT_IO,
                  "cannot write '%s/lock': %s", run->out, strerror(errno));
     }
     comm_broadcast(comm, &token, sizeof token, 0);

@@ -173,6 +173,7 @@ static size_t run_wire_elements(const Run* run) {
 // bytes on the device that the run allocates
 static size_t run_memory(const Run* run, const Ops* ops, int B, TrainingMemory training) {
     Model model;
+    training.rank = max_int(1, training.ranks) - 1;  // whose slices are the largest, so that all ranks decide the same
     model_prepare(&model, ops, &run->model_config, run->recipe, training, B, run->T);
     size_t bytes = ops->scratch_bytes(model_largest_operands(&model), attention_shape(&model, B, run->T), 1);
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
@@ -380,6 +381,7 @@ static void run_compare_options(const Run* run, const Json* state) {
         for (size_t i = 0; i < sizeof silent / sizeof silent[0]; i++) {
             is_silent |= silent[i] == id;
         }
+        is_silent &= id != ID_recompute || strcmp(run->config.gate_up_dtype, "fp8");  // it says what fp8 is kept of
         check_or(!is_fixed, EXIT_USAGE,
                  "the checkpoint was made with --%s %s, this command says %s: the order of the data would "
                  "change; give the old value, or another --out for a new run",
@@ -429,19 +431,24 @@ static void run_find_tokenizer(Run* run, const Dataset* train, const char* check
 // ---------------------------------------------------------------------------------------------------------------------
 // memory
 
+// " (of no effect)" where --gate-up-dtype fp8 meets no block that keeps gate and up
+static const char* run_gate_up_note(const Run* run, const Model* model) {
+    int blocks = 0;
+    for (int l = 0; l < model->config.L; l++) {
+        blocks += block_keeps_fp8(model, l);
+    }
+    return run->training.gate_up_fp8 && blocks == 0 ? " (of no effect)" : "";
+}
+
 // What the process holds besides the model's own buffers: decoded operands and attention scratch of the CPU backend,
 // batches read ahead, program and libraries.
 static void run_print_plan(const Run* run, const Model* model, int threads) {
     const double MiB = 1048576.0;
     size_t total = 0;
-    int fp8_blocks = 0;
-    for (int l = 0; l < model->config.L; l++) {
-        fp8_blocks += block_keeps_fp8(model, l);
-    }
     printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --gate-up-dtype %s%s, --adam-dtype %s, "
            "--grad-dtype %s:\n",
            model->ops->name, run->B, run->T, run->config.recompute, run->config.gate_up_dtype,
-           run->training.gate_up_fp8 && fp8_blocks == 0 ? " (of no effect)" : "", run->config.adam_dtype,
+           run_gate_up_note(run, model), run->config.adam_dtype,
            run->config.grad_dtype);
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
         printf("  %-32s %10.1f MiB\n", MEMORY_NAMES[kind], (double)model->memory_bytes[kind] / MiB);
@@ -454,7 +461,7 @@ static void run_print_plan(const Run* run, const Model* model, int threads) {
            "program and libraries", (double)program / MiB);
     Saver saver = saver_open(&run->comm, run->out, model, &run->config, NULL, -1);
     size_t wire = model->ops->shares_memory ? 0 : run_wire_elements(run) * sizeof(floatX);
-    size_t snapshot = strcmp(run->config.async_save, "off") ? saver_snapshot_bytes(&saver) : 0;
+    size_t snapshot = saver_wants_snapshot(&run->config) ? saver_snapshot_bytes(&saver) : 0;
     size_t on_device = model->ops->shares_memory ? snapshot : 0;
     saver_close(&saver);
     if (wire) {
@@ -463,7 +470,7 @@ static void run_print_plan(const Run* run, const Model* model, int threads) {
     printf("  %-32s %10.1f MiB%s\n", "checkpoint snapshot", (double)snapshot / MiB, on_device ? "" : " of the host");
     total += wire + on_device;
     printf("  %-32s %10.1f MiB\n", "total", (double)(total + scratch + program) / MiB);
-    size_t available = model->ops->available_bytes(), needed = total + scratch;
+    size_t available = model->ops->available_bytes(), needed = total + scratch - wire;  // which is there already
     if (available > 0) {
         printf("  %-32s %10.1f MiB%s\n", "free now", (double)available / MiB,
                needed > available ? ": this does not fit" : "");

@@ -271,7 +271,12 @@ static void* watch_run(void* unused) {
     (void)unused;
     double deadline = 0;
     while (!__atomic_load_n(&watch.stopping, __ATOMIC_ACQUIRE)) {
+        int64_t asked = watch_now();
         poll(watch.sockets, (nfds_t)watch.peers, 100);
+        int64_t slept = watch_now() - asked;
+        if (slept > 2000000000) {  // this whole process stood (suspended, say): time in which nothing could move
+            __atomic_add_fetch(&watch.moved_ns, slept, __ATOMIC_ACQ_REL);
+        }
         for (int i = 0; i < watch.peers; i++) {
             if (watch.sockets[i].fd >= 0 && watch.sockets[i].revents) {
                 watch_receive(i, &deadline);

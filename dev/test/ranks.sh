@@ -40,7 +40,9 @@ check_fails "and not the same" compare same_run r3 narrow
 quartet=("${SMALL[@]}" --recipe quartet --bwd-rounding sr --steps 4)
 train "${quartet[@]}" --out q1 >/dev/null
 ranks 4 "${quartet[@]}" --out q4 >/dev/null 2>&1
-check "quartet: random numbers do not depend on ranks" compare close_run q1 q4 0.01
+check "quartet: random numbers do not depend on ranks" compare close_run q1 q4 0.001
+train "${quartet[@]}" --bwd-rounding rtn --out q1n >/dev/null
+check_fails "planted: other random numbers" compare close_run q1 q1n 0.001
 
 # ---------------------------------------------------------------------------------------------------------------------
 # any number of ranks loads what any other saved

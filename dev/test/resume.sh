@@ -91,4 +91,29 @@ check "a larger --steps goes on" grep -q "step      9/12" out.txt
 check "with steps 1 to 12 once each" compare steps longer
 train "${SMALL[@]}" --steps 12 --out longer >out.txt; got=$?
 check "done: says so, exit 0" test $got = 0 -a -n "$(grep '^done ' out.txt)"
+
+# the tokenizer that a resumed run found in a checkpoint outlives that checkpoint
+python3 -c "print('some words to count. ' * 500)" >words.txt
+python3 "$ROOT/data/prepare.py" --tokenizer byte --out words words.txt >/dev/null 2>&1
+train "${SMALL[@]}" --steps 2 --out words-run --save-every 1 --keep 2 --tokenizer words/tokenizer.json >/dev/null 2>err.txt
+train "${SMALL[@]}" --steps 7 --out words-run --save-every 1 --keep 2 >/dev/null 2>err.txt; got=$?
+check "saves go on when the checkpoint with the tokenizer is gone" \
+    test $got = 0 -a -f words-run/step_00000007/tokenizer.json -a ! -d words-run/step_00000002
+
+# a process that stood still for longer than --hang-seconds did not hang
+"$TRAIN" "${SMALL[@]}" --recipe bf16 --steps 100000 --max-minutes 0.2 --save-every 0 --out paused --hang-seconds 2 >out.txt 2>err.txt &
+for _ in $(seq 400); do grep -qs '^step ' out.txt && break; sleep 0.05; done
+kill -STOP $!; sleep 4; kill -CONT $!
+wait $!; got=$?
+check "suspended and continued: goes on" test $got = 75
+
+# blocks that do not quantize have no telemetry, and every line stays JSON
+train "${SMALL[@]}" --recipe quartet --bf16-layers first:1,last:1 --steps 4 --out dense --log-every 1 >/dev/null 2>err.txt
+train "${SMALL[@]}" --recipe quartet --bf16-layers first:1 --steps 4 --out half --log-every 1 >/dev/null 2>err.txt
+for run in dense half; do
+    check "metrics of --bf16-layers, $run" python3 -c "
+import json, sys
+steps = [r for r in map(json.loads, open('$run/metrics.jsonl')) if r['type'] == 'step']
+assert len(steps) == 4 and ('qkv' in steps[3]['fp4']) == ('$run' == 'half'), steps"
+done
 finish

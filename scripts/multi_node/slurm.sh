@@ -16,7 +16,7 @@
 set -u
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-8}
-srun --mpi=pmix --kill-on-bad-exit=1 ./train_llama "$@"
+srun --mpi=pmix ./train_llama "$@"
 code=$?
 if [ $code -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
