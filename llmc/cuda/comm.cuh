@@ -153,15 +153,20 @@ static void* nccl_connect(void* unused) {
     return NULL;
 }
 
-// The first collectives make the connections that training uses, and must give what is known: the sum of 1, 2, ...
+// The first collectives make the connections that training uses, and must give what is known: element i of rank r is
+// (r + 1) (i % 7 + 1), summed by slices and gathered, and the sum of 1, 2, ...
 static void nccl_prove(const Comm* comm) {
-    const size_t count = (size_t)1 << 20;
+    const size_t count = ((size_t)1 << 20) + 5;  // the last slice is longer
     double value = comm->rank + 1, sum = 0.0, expected = 0.5 * comm->size * (comm->size + 1);
-    float* x = NULL;
+    float *x = NULL, *host = (float*)malloc_or_die(count * sizeof(float), "NCCL's known answer");
     double* device = NULL;
+    size_t wrong = 0;
+    for (size_t i = 0; i < count; i++) {
+        host[i] = (float)(comm->rank + 1) * (float)(i % 7 + 1);
+    }
     cuda_check(cudaMalloc((void**)&x, count * sizeof(float)));
     cuda_check(cudaMalloc((void**)&device, sizeof(double)));
-    cuda_check(cudaMemsetAsync(x, 0, count * sizeof(float), gpu.stream));
+    cuda_check(cudaMemcpy(x, host, count * sizeof(float), cudaMemcpyHostToDevice));
     cuda_check(cudaMemcpyAsync(device, &value, sizeof value, cudaMemcpyHostToDevice, gpu.stream));
     nccl_begin();
     nccl_reduce_scatter(comm, real_f32(x), count, REAL_F32);
@@ -169,10 +174,17 @@ static void nccl_prove(const Comm* comm) {
     nccl_wait();
     nccl_sum(comm, device, device, 1);
     cuda_check(cudaMemcpyAsync(&sum, device, sizeof sum, cudaMemcpyDeviceToHost, gpu.stream));
+    cuda_check(cudaMemcpyAsync(host, x, count * sizeof(float), cudaMemcpyDeviceToHost, gpu.stream));
     cuda_check(cudaStreamSynchronize(gpu.stream));
-    check_or(sum == expected, EXIT_SELF_TEST, "NCCL sums 1 to %d to %g instead of %g", comm->size, sum, expected);
+    for (size_t i = 0; i < count; i++) {
+        wrong += (double)host[i] != expected * (double)(i % 7 + 1);
+    }
+    check_or(sum == expected && wrong == 0, EXIT_SELF_TEST,
+             "NCCL sums 1 to %d to %g instead of %g, and %zu of %zu elements over slices are wrong", comm->size, sum,
+             expected, wrong, count);
     cuda_check(cudaFree(x));
     cuda_check(cudaFree(device));
+    free(host);
 }
 
 // All GPUs find each other within `seconds`; the unique id goes over MPI. wire_elements: largest number of gradients
