@@ -23,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 MODELS=${MODELS:-"200m tinyllama-1.1b"}      # llama2-7b is known, too
 RECIPES=${RECIPES:-bf16}
-TESTS=${TESTS:-"cuda cuda_model"}
+TESTS=${TESTS:-"cuda cuda_model cuda_quant cuda_fp8"}
 OUT_JSON=${OUT_JSON:-gpu.json}
 SANITIZE_SECONDS=${SANITIZE_SECONDS:-300}
 RUN_SECONDS=${RUN_SECONDS:-400}              # limit of a test, a training run or a bench
