@@ -179,6 +179,10 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
         model_load_batch(model, inputs, targets, step, a * t->run.comm.size + t->run.comm.rank);
         watch_phase(last ? "the last micro-batch and the sum of gradients over ranks" : "a micro-batch");
         issue(t, recorded, last ? REPLAY_LAST_MICRO_BATCH : REPLAY_MICRO_BATCH, last ? last_micro_batch : micro_batch);
+        if (observe && a == 0) {
+            t->telemetry = model_read_telemetry(model);
+            recorded = strcmp(config->graphs, "off");
+        }
     }
     watch_phase("the update");
     model->ops->snapshot_fence();
@@ -186,9 +190,6 @@ static StepRecord train_step(Trainer* t, DataLoader* loader) {
     watch_phase("waiting for the device to finish the step");
     model->weights_quantized = 0;
     StepControl result = model_read_control(model);
-    if (observe) {
-        t->telemetry = model_read_telemetry(model, t->run.accumulation);
-    }
     double loss = result.loss_sum / (double)config->batch_tokens;
     t->state.step++;
     t->state.tokens += config->batch_tokens;

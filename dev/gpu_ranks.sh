@@ -237,7 +237,7 @@ saves() {
     pid=$!
     until grep -qs '"type":"step","step":42,' saves/metrics.jsonl || ! kill -0 $pid 2>/dev/null; do sleep 0.2; done
     begin=${EPOCHREALTIME/./}
-    pkill -USR1 -f "^[^ ]*mpirun .*--out saves "
+    pkill -USR1 -P "$(pgrep -P $pid)"     # mpirun, which `timeout` has started
     wait $pid; code=$?
     echo "SIGUSR1 to exit code $code: $(((${EPOCHREALTIME/./} - begin) / 1000)) ms" | tee -a "$LOGS/figures.txt"
     check "SIGUSR1: exit code 75 within 10 s" test $code -eq 75 -a $(((${EPOCHREALTIME/./} - begin) / 1000)) -lt 10000
@@ -250,6 +250,7 @@ kills() { CUDA_VISIBLE_DEVICES=0,1 RANKS=2 KILLS=$KILLS "$ROOT/dev/test/kill.sh"
 kills_passed() { tail -n 12 "$LOGS/kills.log"; grep -qE '^[1-9][0-9]* passed, 0 failed' "$LOGS/kills.log"; }
 faults() {
     local name
+    export LONG=4000
     for name in ranks ranks_faults; do
         "$ROOT/dev/test/$name.sh" >"$LOGS/$name.log" 2>&1
         grep FAIL "$LOGS/$name.log"

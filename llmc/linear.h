@@ -23,7 +23,8 @@ typedef struct {
     QTensor w;             // the forward operand of this step; what the carrier multiplies of it is scratch
 } Linear;
 
-// Of one step. under: groups of a carrier's operand too far below the largest one to be exact, and all of its groups
+// Of the weights and the first micro-batch of a step. under: groups of a carrier's operand too far below the largest
+// one to be exact, and all of its groups
 typedef struct {
     QuantStats x[LINEAR_KINDS], w[LINEAR_KINDS];
     double under[LINEAR_KINDS][OPERANDS], groups[LINEAR_KINDS][OPERANDS];

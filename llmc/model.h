@@ -273,7 +273,7 @@ static void model_backward(Model* model) {
     model_tell_ready(model, 0);
 }
 
-// telemetry of the step that begins, or none
+// telemetry of the weights and of the next micro-batch, or none
 static void model_begin_telemetry(Model* model, int observe) {
     model->linear.telemetry = observe ? model->telemetry : NULL;
     if (observe) {
@@ -283,8 +283,8 @@ static void model_begin_telemetry(Model* model, int observe) {
     }
 }
 
-// of the step that ended, after `micro_batches`; waits for the device
-static LinearTelemetry model_read_telemetry(Model* model, int64_t micro_batches) {
+// after that micro-batch, and the end of it; waits for the device
+static LinearTelemetry model_read_telemetry(Model* model) {
     LinearTelemetry t;
     size_t count = (size_t)model->config.L * LINEAR_KINDS * OPERANDS;
     CarrierBase* bases = (CarrierBase*)malloc_or_die(sizeof(CarrierBase) * count, "telemetry");
@@ -299,7 +299,7 @@ static LinearTelemetry model_read_telemetry(Model* model, int64_t micro_batches)
         double sizes[OPERANDS] = {(double)BT * linear->C,  (double)linear->C * linear->OC, (double)BT * linear->OC,
                                   (double)linear->C * linear->OC, (double)BT * linear->OC, (double)BT * linear->C};
         t.under[linear->kind][id] += (double)bases[i].under;
-        t.groups[linear->kind][id] += sizes[id] / GROUP * (double)(id == OPERAND_W ? 1 : micro_batches);
+        t.groups[linear->kind][id] += sizes[id] / GROUP;
     }
     free(bases);
     model->linear.telemetry = NULL;

@@ -254,7 +254,7 @@ static void quant_test_recompute(const QuantReference* r) {
         model_begin_telemetry(&model, observe);
         QuantRun got = quant_run(&model, 0);
         if (observe) {
-            LinearTelemetry t = model_read_telemetry(&model, 1);
+            LinearTelemetry t = model_read_telemetry(&model);
             counted = level == 0 ? t : counted;
             for (int kind = 0; kind < LINEAR_KINDS; kind++) {
                 expect(t.x[kind].count == counted.x[kind].count && t.x[kind].zero == counted.x[kind].zero &&

@@ -253,7 +253,7 @@ static void test_recompute_telemetry(void) {
         Model model = memory_model("quartet", (Recompute)level, 0, 0, 0);
         model_begin_telemetry(&model, 1);
         memory_gradients(&model);
-        LinearTelemetry got = model_read_telemetry(&model, 1);
+        LinearTelemetry got = model_read_telemetry(&model);
         want = level == 0 ? got : want;
         for (int kind = 0; kind < LINEAR_KINDS; kind++) {
             QuantStats off = got.x[kind];
