@@ -170,12 +170,13 @@ static int gemm_same_bits(const void* a, const void* b, size_t bytes) {
     return !different;
 }
 
-// Does a product show in what order its sums were taken? Two orders differ by about 2^-23 of a sum, which is a bit of an
-// f32 result every few elements and crosses a boundary of bf16 about every 10^4; a small result may have the same bits
-// by chance, and others in the next step.
+// Does a product show in what order its sums were taken? Two orders differ by about 2^-23 of a sum, which is a bit of
+// an f32 result every few elements and crosses a boundary of bf16 about every 10^4; a small result may have the same
+// bits by chance, and others in the next step.
 static int gemm_shows_order(const GemmPlan* plan) {
     size_t results = (size_t)plan->key.M * plan->key.N;
-    return results >= (plan->key.out_type == REAL_F32 || sizeof(floatX) == sizeof(float) ? (size_t)1 << 12 : (size_t)1 << 19);
+    int wide = plan->key.out_type == REAL_F32 || sizeof(floatX) == sizeof(float);
+    return results >= (size_t)1 << (wide ? 12 : 19);
 }
 
 // Which of the heuristic's candidates is fastest is a matter of measurement, and no two runs measure the same; so that
