@@ -9,7 +9,7 @@
 #   elastic   4 -> 2 -> 1 -> 4 GPUs: what is loaded is what was saved, to the bit; the same samples, losses as without a stop
 #   scaling   MODELS on 1 GPU and on all, the same work a GPU: tokens/s, ratio, memory against --plan
 #   saves     tinyllama-1.1b on all GPUs: what an asynchronous save costs the steps, and the time from SIGUSR1 to exit code 75
-#   kills     dev/test/kill.sh with 2 ranks and KILLS kills
+#   kills     dev/test/kill.sh with 2 ranks, KILLS kills in all, on two pairs of GPUs at once
 #   faults    dev/test/ranks.sh and dev/test/ranks_faults.sh
 #
 # --data DIR: token shards of a vocabulary of at most 32,000. Needs numpy and 4 GPUs; logs and metrics stay in build/gpu_ranks.
@@ -246,8 +246,17 @@ saves() {
     rm -rf saves/step_*
 }
 
-kills() { CUDA_VISIBLE_DEVICES=0,1 RANKS=2 KILLS=$KILLS "$ROOT/dev/test/kill.sh" >"$LOGS/kills.log" 2>&1; check "kills" kills_passed; }
-kills_passed() { tail -n 12 "$LOGS/kills.log"; grep -qE '^[1-9][0-9]* passed, 0 failed' "$LOGS/kills.log"; }
+kills() {
+    local gpus
+    for gpus in 0,1 2,3; do
+        CUDA_VISIBLE_DEVICES=$gpus RANKS=2 KILLS=$(((KILLS + 1) / 2)) "$ROOT/dev/test/kill.sh" >"$LOGS/kills-$gpus.log" 2>&1 &
+    done
+    wait
+    for gpus in 0,1 2,3; do
+        tail -n 12 "$LOGS/kills-$gpus.log"
+        check "kills on GPUs $gpus" grep -qE '^[1-9][0-9]* passed, 0 failed$' "$LOGS/kills-$gpus.log"
+    done
+}
 faults() {
     local name
     export LONG=4000

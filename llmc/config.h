@@ -67,7 +67,7 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
       "continue from the newest valid checkpoint of --out, or from PATH")                                             \
     X(COUNT, val_every, "250", "Run", "STEPS", "validation interval; 0: only at the end")                             \
     X(COUNT, val_batches, "20", "Run", "N", "micro-batches of one validation")                                        \
-    X(COUNT, log_every, "10", "Run", "STEPS", "interval of the FP4 telemetry, of one micro-batch; 0: none")             \
+    X(COUNT, log_every, "10", "Run", "STEPS", "interval of the FP4 telemetry, of one micro-batch; 0: none")            \
     X(COUNT, sample_every, "0", "Run", "STEPS", "interval of sample texts; 0: none")                                  \
     X(TEXT, prompt, "", "Run", "TEXT|ids:1,2|data:N",                                                                 \
       "start of a sample; without --train-data: sample from the checkpoint, stop")                                    \

@@ -5,6 +5,7 @@
 #     KILLS=200 dev/test/kill.sh    200; SEED=n picks other instants
 #     RANKS=2 dev/test/kill.sh      of one of two ranks, picked at random
 #
+# Every second kill waits for a save to be under way, the others come at any time from the start of the processes on.
 # After each kill: every committed checkpoint is whole; the next start names none as damaged, resumes from the newest of them, and
 # that is not older than the last step that the killed run said was saved. When a run is through, all of it equals an undisturbed
 # run, to the bit.
@@ -30,25 +31,31 @@ run_ms=$(milliseconds train "${run[@]}" --out timed)
 span_ms=$((start_ms + run_ms / 3 + 1))
 echo "seed $SEED: $KILLS kills, each 0 to $span_ms ms after a start (a start takes $start_ms ms, a run $run_ms ms)"
 
+wait_ms() { sleep "$(printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000)))"; }
+
 # one more start of the run in folder $out, killed after a random time unless $1 is `end`
 starts=0 kills=0 ends=0 bad=0 during_save=0
 declare -A resumed_from
 problem() { bad=$((bad + 1)); echo "  kill $kills, start $starts, $out: $1"; }
 one_start() {
-    local before saved after pid
+    local before saved after pid pids
     before=$(compare newest "$out")
     starts=$((starts + 1))
     "${launch[@]}" "$TRAIN" "${run[@]}" --out "$out" >out.txt 2>err.txt &
     pid=$!
     background=($pid)
     if [ "$1" = kill ]; then
-        sleep "$(printf '%d.%03d' $((after = RANDOM % span_ms, after / 1000)) $((after % 1000)))"
-        if [ "$RANKS" -eq 1 ]; then
-            kill -9 $pid 2>/dev/null
+        if [ $((kills % 2)) -eq 0 ]; then wait_ms $((RANDOM % span_ms))
         else
-            mapfile -t pids < <(pgrep -P $pid)
-            [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[RANDOM % ${#pids[@]}]}" 2>/dev/null
+            until grep -qs '^step' out.txt || ! kill -0 $pid 2>/dev/null; do sleep 0.02; done
+            wait_ms $((RANDOM % 200))
         fi
+        pids=($pid)
+        [ "$RANKS" -eq 1 ] || mapfile -t pids < <(pgrep -P $pid)
+        if [ $((kills % 2)) -eq 1 ]; then
+            until compgen -G "$out/step_*.tmp" >/dev/null || ! kill -0 $pid 2>/dev/null; do :; done
+        fi
+        [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[RANDOM % ${#pids[@]}]}" 2>/dev/null
     fi
     wait $pid 2>/dev/null; got=$?
     background=()
