@@ -419,7 +419,7 @@ static void model_free(Model* model) {
 // Initial master weights from the seed, and the parameters rounded from them. Element i of a tensor is a function of
 // (seed, tensor, i).
 static void model_init_weights(Model* model, uint64_t seed) {
-    const size_t chunk = 1 << 16;
+    const size_t chunk = (size_t)1 << 21;
     float* values = (float*)malloc_or_die(chunk * sizeof(float), "initial weights");
     floatX* rounded = (floatX*)malloc_or_die(chunk * sizeof(floatX), "initial weights");
     for (int p = 0; p < model->table.count; p++) {
