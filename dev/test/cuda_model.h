@@ -291,7 +291,7 @@ static void cuda_test_model_recompute(const Model* cpu_model) {
     float* want = NULL;
     double loss;
     const int exact_from[SAVED_FP8_CHOICES] = {RECOMPUTE_NONE, RECOMPUTE_NORM, RECOMPUTE_BLOCK};
-    for (int i = 0; i < RECOMPUTE_LEVELS * SAVED_FP8_CHOICES; i++) {
+    for (int i = 0; i < (int)SAVED_FP8_CHOICES * RECOMPUTE_LEVELS; i++) {
         int level = i % RECOMPUTE_LEVELS, choice = i / RECOMPUTE_LEVELS;
         const char* what = label("--recompute %s, --saved-fp8 %s", RECOMPUTE_NAMES[level], SAVED_FP8_NAMES[choice]);
         Model model;
