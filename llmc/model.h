@@ -30,6 +30,27 @@ static void model_quantize_weights(Model* model) {
     model->weights_quantized = 1;
 }
 
+// Where backward reads a tensor of block l as MXFP8: what forward has completed goes there; what backward reads comes
+// from there, into a buffer that all blocks share.
+static floatX* block_tensor(const BlockActivations* b, SavedTensor tensor) {
+    floatX* const tensors[SAVED_TENSORS] = {b->inp, b->qkv, b->att, b->mid, b->gate_up};
+    return tensors[tensor];
+}
+static void model_pack(Model* model, int l, SavedTensor tensor) {
+    const BlockActivations* b = &model->blocks[l];
+    if (b->fp8[tensor].codes) {
+        model->ops->mxfp8_pack(b->fp8[tensor], block_tensor(b, tensor), model->B * model->T,
+                               saved_columns(&model->config, tensor));
+    }
+}
+static void model_unpack(Model* model, int l, SavedTensor tensor) {
+    const BlockActivations* b = &model->blocks[l];
+    if (b->fp8[tensor].codes) {
+        model->ops->mxfp8_unpack(block_tensor(b, tensor), b->fp8[tensor], model->B * model->T,
+                                 saved_columns(&model->config, tensor));
+    }
+}
+
 // the entry of block l, which is a + b (b NULL: what stands there), behind its first norm: the operand of qkv
 static void model_enter_block(Model* model, const LinearContext* ctx, int l, const floatX* a, const floatX* b) {
     BlockActivations* block = &model->blocks[l];
@@ -37,6 +58,7 @@ static void model_enter_block(Model* model, const LinearContext* ctx, int l, con
                                              block->x_memory[LINEAR_QKV], block->norm1, block->inp, block->rstd1, a, b,
                                              model_weight(model, P_NORM1, l), model->B * model->T,
                                              (float)model->config.rms_eps);
+    model_pack(model, l, SAVED_INP);
 }
 
 // the operand of gate+up: of mid = inp + b, or of mid as it stands where b is NULL
@@ -46,6 +68,7 @@ static void model_norm_middle(Model* model, const LinearContext* ctx, int l, con
         ctx, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], block->x_memory[LINEAR_GATE_UP], block->norm2,
         block->mid, block->rstd2, b ? block->inp : block->mid, b, model_weight(model, P_NORM2, l), model->B * model->T,
         (float)model->config.rms_eps);
+    model_pack(model, l, SAVED_MID);
 }
 
 // the operands of o and down, of what their inputs are made of
@@ -57,7 +80,7 @@ static void model_enter_o(Model* model, const LinearContext* ctx, int l) {
 static void model_enter_down(Model* model, const LinearContext* ctx, int l) {
     BlockActivations* b = &model->blocks[l];
     b->x[LINEAR_DOWN] = linear_swiglu_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN],
-                                            b->x_memory[LINEAR_DOWN], b->act, b->kept, b->gate_up,
+                                            b->x_memory[LINEAR_DOWN], b->act, b->fp8[SAVED_GATE_UP], b->gate_up,
                                             model->B * model->T);
 }
 
@@ -70,6 +93,8 @@ static void model_forward_block_inside(Model* model, const LinearContext* ctx, i
     linear_product(ctx, &linears[LINEAR_QKV], b->qkv, &b->x[LINEAR_QKV]);
     ops->rope(b->qkv, model->rope_table, shape, 0, 0);
     ops->attention_forward(b->att, b->lse, b->qkv, shape);
+    model_pack(model, l, SAVED_QKV);
+    model_pack(model, l, SAVED_ATT);
     model_enter_o(model, ctx, l);
     linear_product(ctx, &linears[LINEAR_O], model->projection, &b->x[LINEAR_O]);
     model_norm_middle(model, ctx, l, model->projection);
@@ -117,7 +142,7 @@ static void model_rebuild_block(Model* model, int l) {
     if (recompute == RECOMPUTE_FFN) {
         linear_product(&again, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
     }
-    if (!b->kept.codes) {
+    if (!b->fp8[SAVED_GATE_UP].codes) {
         model_enter_down(model, &packed, l);
     }
 }
@@ -236,19 +261,23 @@ static void model_backward_block(Model* model, int l) {
     model_rebuild_block(model, l);
     Owed owed = linear_backward_owed(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
     if (owed.rotated) {
-        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up, b->kept, BT,
-                                      m->F);
+        ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up,
+                                      b->fp8[SAVED_GATE_UP], BT, m->F);
     } else {
-        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->kept, BT, m->F);
+        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->fp8[SAVED_GATE_UP], BT, m->F);
     }
     owed =
         linear_backward_owed(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);
+    model_unpack(model, l, SAVED_MID);
     model_norm_backward(model, owed, P_NORM2, l, b->mid, b->rstd2);
 
     linear_backward(ctx, &linears[LINEAR_O], model->datt, model->dresidual, &b->x[LINEAR_O], BT);
+    model_unpack(model, l, SAVED_ATT);
+    model_unpack(model, l, SAVED_QKV);
     ops->attention_backward(model->dqkv, model->datt, b->att, b->qkv, b->lse, shape);
     ops->rope(model->dqkv, model->rope_table, shape, 0, 1);
     owed = linear_backward_owed(ctx, &linears[LINEAR_QKV], model->dnorm, model->dqkv, &b->x[LINEAR_QKV], BT);
+    model_unpack(model, l, SAVED_INP);
     model_norm_backward(model, owed, P_NORM1, l, b->inp, b->rstd1);
 }
 

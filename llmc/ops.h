@@ -168,6 +168,10 @@ typedef struct Ops {
     // dinp (BT, 2F) = gradient at inp or, where there is one, at kept's values; inp is not read then
     void (*swiglu_backward)(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, int BT, int F);
 
+    // out = x (rows, cols) in MXFP8, cols % 32 == 0; and its values, exact but for those below floatX's least number
+    void (*mxfp8_pack)(Mxfp8 out, const floatX* x, int rows, int cols);
+    void (*mxfp8_unpack)(floatX* out, Mxfp8 packed, int rows, int cols);
+
     // losses (rows) = -log softmax(logits)[target] in nats; where with_grad, logits (rows, V) becomes its gradient
     // times grad_scale, in place
     void (*crossentropy)(float* losses, floatX* logits, const int32_t* targets, int rows, int V, float grad_scale,

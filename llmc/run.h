@@ -112,7 +112,9 @@ static void run_resolve_training(Run* run) {
     run->training.ranks = sharded ? run->comm.size : 1;
     check_or(sizeof(floatX) == 2 || strcmp(c->reduce_dtype, "bf16"), EXIT_USAGE,
              "--reduce-dtype bf16 needs the build of make PRECISION=BF16; this one computes in f32");
-    run->training.gate_up_fp8 = !strcmp(c->gate_up_dtype, "fp8");
+    for (int i = 0; i < SAVED_FP8_CHOICES; i++) {
+        run->training.saved_fp8 = strcmp(c->saved_fp8, SAVED_FP8_NAMES[i]) ? run->training.saved_fp8 : (SavedFp8)i;
+    }
 }
 
 static void run_check_ranges(const Config* c) {
@@ -381,7 +383,7 @@ static void run_compare_options(const Run* run, const Json* state) {
         for (size_t i = 0; i < sizeof silent / sizeof silent[0]; i++) {
             is_silent |= silent[i] == id;
         }
-        is_silent &= id != ID_recompute || strcmp(run->config.gate_up_dtype, "fp8");  // it says what fp8 is kept of
+        is_silent &= id != ID_recompute || !strcmp(run->config.saved_fp8, "none");  // it says what is kept as MXFP8
         check_or(!is_fixed, EXIT_USAGE,
                  "the checkpoint was made with --%s %s, this command says %s: the order of the data would "
                  "change; give the old value, or another --out for a new run",
@@ -431,13 +433,13 @@ static void run_find_tokenizer(Run* run, const Dataset* train, const char* check
 // ---------------------------------------------------------------------------------------------------------------------
 // memory
 
-// " (of no effect)" where --gate-up-dtype fp8 meets no block that keeps gate and up
-static const char* run_gate_up_note(const Run* run, const Model* model) {
-    int blocks = 0;
-    for (int l = 0; l < model->config.L; l++) {
-        blocks += block_keeps_fp8(model, l);
+// " (of no effect)" where no block keeps anything that --saved-fp8 could make smaller
+static const char* run_saved_note(const Model* model) {
+    int saved = 0;
+    for (int i = 0; i < model->config.L * SAVED_TENSORS; i++) {
+        saved += block_saves_fp8(model, i / SAVED_TENSORS, (SavedTensor)(i % SAVED_TENSORS));
     }
-    return run->training.gate_up_fp8 && blocks == 0 ? " (of no effect)" : "";
+    return model->training.saved_fp8 != SAVED_FP8_NONE && saved == 0 ? " (of no effect)" : "";
 }
 
 // What the process holds besides the model's own buffers: decoded operands and attention scratch of the CPU backend,
@@ -445,11 +447,10 @@ static const char* run_gate_up_note(const Run* run, const Model* model) {
 static void run_print_plan(const Run* run, const Model* model, int threads) {
     const double MiB = 1048576.0;
     size_t total = 0;
-    printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --gate-up-dtype %s%s, --adam-dtype %s, "
+    printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --saved-fp8 %s%s, --adam-dtype %s, "
            "--grad-dtype %s:\n",
-           model->ops->name, run->B, run->T, run->config.recompute, run->config.gate_up_dtype,
-           run_gate_up_note(run, model), run->config.adam_dtype,
-           run->config.grad_dtype);
+           model->ops->name, run->B, run->T, run->config.recompute, run->config.saved_fp8,
+           run_saved_note(model), run->config.adam_dtype, run->config.grad_dtype);
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
         printf("  %-32s %10.1f MiB\n", MEMORY_NAMES[kind], (double)model->memory_bytes[kind] / MiB);
         total += model->memory_bytes[kind];

@@ -154,7 +154,7 @@ static void check_kept(const Sides* s, int BT, int F, const char* name) {
     floatX* x = (floatX*)malloc_or_die(count * sizeof(floatX), "gate_up");
     uint8_t* want = (uint8_t*)malloc_or_die(bytes, "MXFP8");
     fetch(x, s->inp, count * sizeof(floatX));
-    mxfp8_encode(mxfp8_at((size_t)BT, 2 * (size_t)F, want), x, BT, 2 * F);
+    cpu_mxfp8_pack(mxfp8_at((size_t)BT, 2 * (size_t)F, want), x, BT, 2 * F);
     for (int side = 0; side < SIDES; side++) {
         fetch(s->host[side], s->kept[side], bytes);
         int64_t wrong = differing(s->host[side], want, bytes);
@@ -285,7 +285,7 @@ static void check_swiglu_backward_kept(Sides* s, int BT, int F, Distribution d, 
     for (int fused = 0; fused < 2; fused++) {
         backward_inputs(s, BT, F, d);
         fetch(x, s->inp, count * sizeof(floatX));
-        mxfp8_encode(host, x, BT, 2 * F);
+        cpu_mxfp8_pack(host, x, BT, 2 * F);
         for (size_t i = 0; i < count; i++) {
             x[i] = f32_to_floatX(mxfp8_decode(host.codes[i], host.scales[i / GROUP]));
         }

@@ -21,11 +21,12 @@ def close(text, value, slack):
     unit = 10.0 ** (int(digits[2] or 0) - len(digits[1]))
     return abs(float(text) - value) <= 0.51 * unit + abs(slack) + 1e-9 * abs(value)
 
-def expected(recipe, blocks, dense_first, recompute):
+def expected(recipe, blocks, dense_first, recompute, saved):
     """(kind, part, operation) -> (calls, GFLOP or MB). FLOAT: bytes of the build. No carrier: the CPU."""
     quartet, rows = recipe == "quartet", {}
     made = 0.5 + 1 / 32 if quartet else 1.0                # an operand of backward, or what is read of a saved one
     kept = made + (MASK if quartet else 0.0)               # x and w
+    forward, backward = (33 / 16, 33 / 16) if saved else (0, 2 * FLOAT)   # MXFP8 of gate and up that SwiGLU writes; reads
     again = blocks - 1 if recompute == "block" else 0      # all but the last one
     added = blocks if dense_first else blocks - 1          # entered behind another block
     for kind, (C, OC) in SHAPES.items():
@@ -46,8 +47,8 @@ def expected(recipe, blocks, dense_first, recompute):
             row("quantize", "rmsnorm + quantize x", alone, x * (FLOAT + kept))
             row("pass", "rmsnorm", alone, x * 2 * FLOAT)
         elif kind == "down":
-            row("quantize", "swiglu + quantize x", blocks + again, x * (2 * FLOAT + kept))
-            row("pass", "swiglu", blocks + again, x * 3 * FLOAT)
+            row("quantize", "swiglu + quantize x", blocks + again, x * (2 * FLOAT + forward + kept))
+            row("pass", "swiglu", blocks + again, x * (3 * FLOAT + forward))
         else:
             row("quantize", "quantize x", blocks + again, x * (FLOAT + kept))
         row("quantize", "quantize dy", blocks, dy * (FLOAT + made))
@@ -59,8 +60,8 @@ def expected(recipe, blocks, dense_first, recompute):
             continue
         row("once", "unrotate dW", blocks, w * (2 * 4 + MASK))
         if kind == "down":
-            row("finish", "unrotate + swiglu backward", blocks, x * (5 * FLOAT + MASK))
-            row("pass", "swiglu backward", blocks, x * 5 * FLOAT)
+            row("finish", "unrotate + swiglu backward", blocks, x * (3 * FLOAT + backward + MASK))
+            row("pass", "swiglu backward", blocks, x * (3 * FLOAT + backward))
         elif kind == "o":
             row("finish", "unrotate", blocks, x * (2 * FLOAT + MASK))
         else:
@@ -68,12 +69,12 @@ def expected(recipe, blocks, dense_first, recompute):
             row("pass", "rmsnorm backward", blocks, x * 4 * FLOAT)
     return rows
 
-def rows(path, recipe, blocks, dense_first, recompute):
+def rows(path, recipe, blocks, dense_first, recompute, saved):
     lines = open(path).read().splitlines()
     found = [ROW.fullmatch(line) for line in lines if line.startswith("op ")]
     assert found and not found[0], "the first line of the table is its head"
     assert all(found[1:]), f"{found[1:].count(None)} rows of another form"
-    want = expected(recipe, int(blocks), int(dense_first), recompute)
+    want = expected(recipe, int(blocks), int(dense_first), recompute, saved == "all")
     names = [(m[1], m[2], m[12]) for m in found[1:]]
     assert len(set(names)) == len(names), "a row stands twice"
     assert set(names) == set(want), f"rows that are not on both sides: {sorted(set(names) ^ set(want))}"
@@ -133,19 +134,22 @@ floats=4
 train --version | grep -q BF16 && floats=2
 bench_rows() { python3 bench.py $floats "$@"; }
 
-# bench NAME ROWS-OF BLOCKS DENSE-FIRST RECOMPUTE ARGUMENTS...: --bench runs, its output is in NAME.txt and agrees
+# bench NAME ROWS-OF BLOCKS DENSE-FIRST RECOMPUTE SAVED-FP8 ARGUMENTS...: --bench runs, its output is in NAME.txt and agrees
 bench() {
-    check_exit "$1" 0 "" --bench "${MODEL[@]}" --batch-tokens 256 --device cpu "${@:6}"
+    check_exit "$1" 0 "" --bench "${MODEL[@]}" --batch-tokens 256 --device cpu --saved-fp8 "$6" "${@:7}"
     cp out.txt "$1.txt"
-    check "$1: rows and sums" bench_rows "$1.txt" "${@:2:4}"
+    check "$1: rows and sums" bench_rows "$1.txt" "${@:2:5}"
 }
-bench quartet quartet 2 0 none --recipe quartet
-bench bf16 bf16 2 0 none --recipe bf16
-bench fp8 fp8 2 0 none --recipe fp8
-bench recompute quartet 2 0 block --recipe quartet --recompute block --bwd-rounding sr
-bench dense-block quartet 1 1 none --recipe quartet --bf16-layers first:1
+bench quartet quartet 2 0 none none --recipe quartet
+bench bf16 bf16 2 0 none none --recipe bf16
+bench fp8 fp8 2 0 none none --recipe fp8
+bench recompute quartet 2 0 block none --recipe quartet --recompute block --bwd-rounding sr
+bench dense-block quartet 1 1 none none --recipe quartet --bf16-layers first:1
 check "the dense block is not the one that is timed" grep -q '^linears *block 1, as are 1 of 2 blocks' dense-block.txt
-bench all-dense bf16 2 0 none --recipe quartet --bf16-layers first:2
+bench all-dense bf16 2 0 none none --recipe quartet --bf16-layers first:2
+bench saved quartet 2 0 none all --recipe quartet
+check "what is kept as MXFP8 is packed and unpacked" test "$(grep -c '^\(pack as\|unpack\) MXFP8 .* 2 ' saved.txt)" = 2
+check_fails "and else is not" grep -q '^\(pack as\|unpack\) MXFP8' quartet.txt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the checks see an error
@@ -154,8 +158,9 @@ bench all-dense bf16 2 0 none --recipe quartet --bf16-layers first:2
 planted() {
     sed "$2" quartet.txt >planted.txt
     cmp -s quartet.txt planted.txt && { fail "planted: $1" "nothing was changed"; return; }
-    check_fails "planted: $1" bench_rows planted.txt quartet 2 0 none
+    check_fails "planted: $1" bench_rows planted.txt quartet 2 0 none none
 }
+check_fails "planted: rows of MXFP8" bench_rows saved.txt quartet 2 0 none none
 planted "a row is missing" '/quantize xt$/{0,/quantize xt$/d}'
 planted "another time" '/^op     down.*GEMM dW$/s/^\(.\{25\} *[0-9]*  *\)[0-9]/\17/'
 planted "other bytes" '/^op     o .*quantize dy$/s/ \([0-9.]*\) MB/ 1\1 MB/'

@@ -273,15 +273,16 @@ static void quant_test_recompute(const QuantReference* r) {
     quant_run_free(&want);
 }
 
-// gate_up in MXFP8: levels that keep it agree, the others are exact
-static void quant_test_kept(const QuantReference* r) {
+// what backward reads as MXFP8: the loss is exact, gradients are near and, where nothing of it is kept, exact
+static void quant_test_saved(const QuantReference* r, SavedFp8 choice) {
     QuantRun runs[RECOMPUTE_LEVELS + 1];
+    int exact_from = choice == SAVED_FP8_FFN ? RECOMPUTE_FFN : RECOMPUTE_BLOCK;
     size_t bytes = r->model.table.elements * sizeof(float);
     for (int i = 0; i <= RECOMPUTE_LEVELS; i++) {  // the last one exact
         Model model;
         TrainingMemory training = MEMORY_EXACT;
         training.recompute = (Recompute)(i % RECOMPUTE_LEVELS);
-        training.gate_up_fp8 = i < RECOMPUTE_LEVELS;
+        training.saved_fp8 = i < RECOMPUTE_LEVELS ? choice : SAVED_FP8_NONE;
         model_prepare(&model, &CUDA_OPS, &r->model.config, recipe_find("quartet"), training, MODEL_B, MODEL_T);
         model.linear.option_rounding = r->rounding;
         model.linear.seed = 4321;
@@ -293,14 +294,16 @@ static void quant_test_kept(const QuantReference* r) {
     const QuantRun* exact = &runs[RECOMPUTE_LEVELS];
     for (int i = 0; i < RECOMPUTE_LEVELS; i++) {
         int same = !memcmp(runs[i].grads, exact->grads, bytes);
-        const char* what = label("HS %d, carrier %s, --recompute %s, MXFP8", r->model.config.HS, gpu.carrier->name,
-                                 RECOMPUTE_NAMES[i]);
-        expect(same == (i >= RECOMPUTE_FFN) && !memcmp(runs[i].losses, exact->losses, QUANT_TOKENS * sizeof(float)),
+        const char* what = label("HS %d, carrier %s, --recompute %s, --saved-fp8 %s", r->model.config.HS,
+                                 gpu.carrier->name, RECOMPUTE_NAMES[i], SAVED_FP8_NAMES[choice]);
+        expect(same == (i >= exact_from) && !memcmp(runs[i].losses, exact->losses, QUANT_TOKENS * sizeof(float)),
                "%s: %s gradients, or other losses", what, same ? "the same" : "other");
         expect(relative_distance(runs[i].grads, exact->grads, r->model.table.elements, 1.0) < 0.25,
                "%s: far gradients", what);
     }
-    expect(!memcmp(runs[0].grads, runs[1].grads, bytes), "HS %d: levels none and norm of MXFP8", r->model.config.HS);
+    int agree = !memcmp(runs[0].grads, runs[1].grads, bytes);
+    expect(agree == (choice == SAVED_FP8_FFN), "HS %d, --saved-fp8 %s: levels none and norm", r->model.config.HS,
+           SAVED_FP8_NAMES[choice]);
     for (int i = 0; i <= RECOMPUTE_LEVELS; i++) {
         quant_run_free(&runs[i]);
     }
@@ -457,7 +460,8 @@ static void cuda_test_quant_model(QuantReference* r) {
     quant_model_gpu(&twin, r, RECOMPUTE_NONE);
     quant_test_gradients(&model, r);
     quant_test_recompute(r);
-    quant_test_kept(r);
+    quant_test_saved(r, SAVED_FP8_FFN);
+    quant_test_saved(r, SAVED_FP8_ALL);
     quant_test_replay(r);
     quant_test_curve(&model, &twin, r);
     quant_test_generate(&model);

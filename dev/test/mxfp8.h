@@ -1,5 +1,5 @@
-// mxfp8.h: gate_up as backward may keep it, MXFP8 (section mxfp8): codes and scales against the definition of OCP MX 1.0
-// in f64, SwiGLU with it, a whole model's gradients and memory by recipe and level of recomputation.
+// mxfp8.h: what backward may keep as MXFP8 (section mxfp8): codes and scales against the definition of OCP MX 1.0 in f64,
+// the operations with it, a whole model's gradients and memory by recipe and level of recomputation.
 #pragma once
 #include "memory.h"
 #include "ops.h"
@@ -74,13 +74,36 @@ static void test_mxfp8_encode(void) {
             group[5] = f32_to_floatX(bf16_to_f32(number));
             group[17] = f32_to_floatX(-bf16_to_f32(largest));
         }
-        mxfp8_encode(got, x, NUMBERS, GROUP);
+        CPU_OPS.mxfp8_pack(got, x, NUMBERS, GROUP);
         size_t wrong = mxfp8_faults(x, got, NUMBERS, GROUP);
         expect(wrong == 0, "%zu of 65536 groups with %g are not the definition", wrong, (double)bf16_to_f32(largest));
         got.codes[5 * GROUP + 5] ^= 1;
         expect(mxfp8_faults(x, got, NUMBERS, GROUP) == wrong + 1, "a planted code is not seen");
     }
     test_free(x, got.codes);
+}
+
+// what is unpacked is what the codes and scales say, in floatX, and packs to the same again; a fault stays one
+static void mxfp8_expect_unpacked(Mxfp8 packed, int rows, int cols) {
+    size_t n = (size_t)rows * cols, wrong = 0, lost = 0;
+    floatX* values = test_tensor(n, 9, 1.0);
+    Mxfp8 again = mxfp8_new(rows, cols);
+    CPU_OPS.mxfp8_unpack(values, packed, rows, cols);
+    CPU_OPS.mxfp8_pack(again, values, rows, cols);
+    for (size_t i = 0; i < n; i++) {
+        int code = packed.codes[i], scale = packed.scales[i / GROUP];
+        double want = scale == 255 ? NAN : ldexp(mxfp8_magnitudes[code & 0x7f] * (code & 0x80 ? -1.0 : 1.0), scale - 127);
+        floatX rounded = f32_to_floatX((float)want);
+        wrong += scale == 255 ? !isnan(floatX_to_f32(values[i])) : memcmp(&rounded, &values[i], sizeof rounded) != 0;
+        lost += fabs(want) < 0x1p-120 && want != 0.0 && (double)floatX_to_f32(values[i]) != want;
+    }
+    expect(wrong == 0, "(%d, %d): %zu values are not what they were packed to", rows, cols, wrong);
+    expect(lost > 0 || !memcmp(again.codes, packed.codes, n + n / GROUP), "(%d, %d): packed again it changes", rows, cols);
+    again.codes[n / 2] ^= 0x81;
+    CPU_OPS.mxfp8_unpack(values, again, rows, cols);
+    CPU_OPS.mxfp8_pack(again, values, rows, cols);
+    expect(memcmp(again.codes, packed.codes, n + n / GROUP) != 0, "a planted code is not seen");
+    test_free(values, again.codes);
 }
 
 // groups of numbers of all sizes, of zeros, with faults
@@ -95,8 +118,9 @@ static void test_mxfp8_groups(int rows, int cols) {
         v = group % 5 != 2 || i % GROUP != group % GROUP ? v : group % 3 ? -INFINITY : NAN;
         x[i] = f32_to_floatX(v);
     }
-    mxfp8_encode(got, x, rows, cols);
+    CPU_OPS.mxfp8_pack(got, x, rows, cols);
     expect(mxfp8_faults(x, got, rows, cols) == 0, "groups of (%d, %d) are not the definition", rows, cols);
+    mxfp8_expect_unpacked(got, rows, cols);
     int decoded = 1;
     for (int scale = 0; scale < 256; scale++) {
         for (int code = 0; code < 256; code++) {
@@ -167,10 +191,10 @@ static void test_mxfp8_nan(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // a model
 
-static Model mxfp8_model(const char* recipe, Recompute level, int dense, int fp8) {
+static Model mxfp8_model(const char* recipe, Recompute level, int dense, SavedFp8 choice) {
     Model exact = memory_model(recipe, level, 0, dense, dense), model;
     TrainingMemory training = exact.training;
-    training.gate_up_fp8 = fp8;
+    training.saved_fp8 = choice;
     model_prepare(&model, &CPU_OPS, &exact.config, exact.recipe, training, exact.B, exact.T);
     model.linear.option_rounding = ROUND_STOCHASTIC;
     model_allocate(&model);
@@ -179,82 +203,185 @@ static Model mxfp8_model(const char* recipe, Recompute level, int dense, int fp8
     return model;
 }
 
-typedef struct { float* grads; double loss; size_t bytes, count; } Mxfp8Run;
+typedef struct {
+    float* grads;
+    double loss;
+    size_t bytes, count;
+    Range blocks;  // their gradients
+} Mxfp8Run;
 
-static Mxfp8Run mxfp8_run(const char* recipe, int level, int dense, int fp8) {
-    Model model = mxfp8_model(recipe, (Recompute)level, dense, fp8);
+// frees the model
+static Mxfp8Run mxfp8_take(Model* model) {
+    Mxfp8Run run = {NULL, model_read_control(model).loss_sum, model->memory_bytes[MEMORY_ACTIVATIONS],
+                    model->table.elements,
+                    {model_param(model, P_NORM1, 0)->offset, model->table.block_size * (size_t)model->config.L}};
+    run.grads = (float*)malloc_or_die(run.count * sizeof(float), "test");
+    memcpy(run.grads, model->grads.data, run.count * sizeof(float));
+    model_free(model);
+    return run;
+}
+
+static Mxfp8Run mxfp8_run(const char* recipe, int level, int dense, SavedFp8 choice, uint64_t seed) {
+    Model model = mxfp8_model(recipe, (Recompute)level, dense, choice);
+    model.linear.seed = seed;
     memory_gradients(&model);
     memory_gradients(&model);  // starts from what the first left in the buffers
-    Mxfp8Run run = {NULL, model_read_control(&model).loss_sum, model.memory_bytes[MEMORY_ACTIVATIONS],
-                    model.table.elements};
-    run.grads = (float*)malloc_or_die(run.count * sizeof(float), "test");
-    memcpy(run.grads, model.grads.data, run.count * sizeof(float));
-    model_free(&model);
-    return run;
+    return mxfp8_take(&model);
 }
 
 static int mxfp8_same(const Mxfp8Run* a, const Mxfp8Run* b) {
     return !memcmp(a->grads, b->grads, a->count * sizeof(float));
 }
 
-// Where gate_up is made again, backward is exact; where it is kept as MXFP8, levels agree. Of a dense block that is the
-// level none only. The loss never changes. An element's rounding, at most 2^-4 of it but for those that saturate,
-// bounds the distance of the gradients.
-static void test_mxfp8_model(const char* recipe, int dense) {
-    Mxfp8Run exact[RECOMPUTE_LEVELS], kept[RECOMPUTE_LEVELS];
-    int all_dense = recipe_find(recipe)->x.format == FORMAT_FLOATX;
-    for (int level = 0; level < RECOMPUTE_LEVELS; level++) {
-        exact[level] = mxfp8_run(recipe, level, dense, 0), kept[level] = mxfp8_run(recipe, level, dense, 1);
-        int effect = level < (all_dense ? RECOMPUTE_NORM : RECOMPUTE_FFN);
-        expect(mxfp8_same(&exact[level], &kept[level]) == !effect && exact[level].loss == kept[level].loss,
-               "%s, %d dense, --recompute %s: gradients %s, loss %.9g instead of %.9g", recipe, dense,
-               RECOMPUTE_NAMES[level], effect ? "do not change" : "change", kept[level].loss, exact[level].loss);
-        expect(effect || kept[level].bytes == exact[level].bytes,
-               "%s, %d dense, --recompute %s: %zu bytes instead of %zu", recipe, dense, RECOMPUTE_NAMES[level],
-               kept[level].bytes, exact[level].bytes);
+// what --saved-fp8 promises of a block at that level of recomputation
+static int mxfp8_promised(SavedFp8 choice, int level, int dense, SavedTensor tensor) {
+    if (tensor == SAVED_GATE_UP) {
+        return choice != SAVED_FP8_NONE && (level == RECOMPUTE_NONE || (level == RECOMPUTE_NORM && !dense));
     }
-    if (!all_dense) {
-        expect(mxfp8_same(&kept[0], &kept[1]) == !dense, "%s, %d dense: levels none and norm", recipe, dense);
-    }
-    double far = 0.0, size = 0.0, product = 0.0;
-    for (size_t i = 0; i < exact[0].count; i++) {
-        far += pow((double)exact[0].grads[i] - (double)kept[0].grads[i], 2);
-        size += pow((double)exact[0].grads[i], 2);
-        product += (double)exact[0].grads[i] * (double)kept[0].grads[i];
-    }
-    expect(sqrt(far / size) < 0.0625 && product > 0.99 * size, "%s: gradients are %.3g apart", recipe, sqrt(far / size));
-    for (int level = 0; level < RECOMPUTE_LEVELS; level++) {
-        test_free(exact[level].grads, kept[level].grads);
-    }
+    int kept = tensor == SAVED_QKV ? level <= RECOMPUTE_FFN : level == RECOMPUTE_NONE;
+    return choice == SAVED_FP8_ALL && kept && !(tensor == SAVED_ATT && dense);
 }
 
-// one more block keeps as much less as the format says, and at norm the operand of down instead of making it again
-static void test_mxfp8_bytes(void) {
-    const size_t gate_up = 64 * 2 * 96;
-    size_t saved = gate_up * sizeof(floatX) - (size_t)round_up((int64_t)gate_up * 33 / 32, 256);
-    const char* const recipes[] = {"bf16", "fp8", "quartet"};
-    for (int k = 0; k < 3; k++) {
-        size_t down = (size_t)round_up((int64_t)qtensor_bytes(&recipe_find(recipes[k])->x, 64, 96), 256);
-        for (int level = 0; level < RECOMPUTE_LEVELS; level++) {
-            size_t want = level == 0 ? saved : level == 1 && k > 0 ? saved - down : 0;
-            size_t bytes[2];
-            for (int fp8 = 0; fp8 < 2; fp8++) {
-                bytes[fp8] = memory_block_bytes(recipes[k], (Recompute)level, fp8);
+// What such a run is: forward keeps everything, then what is promised goes through MXFP8, then backward. What else is
+// made of those tensors has been made before, but for SwiGLU's output of dense blocks, which is kept. skip: a tensor
+// that stays as it is.
+static Mxfp8Run mxfp8_oracle(const char* recipe, int level, int dense, SavedFp8 choice, int skip) {
+    Model model = mxfp8_model(recipe, RECOMPUTE_NONE, dense, SAVED_FP8_NONE);
+    memory_forward(&model);
+    for (int l = 0; l < model.config.L; l++) {
+        for (int t = 0; t < SAVED_TENSORS; t++) {
+            int columns = saved_columns(&model.config, (SavedTensor)t);
+            floatX* x = block_tensor(&model.blocks[l], (SavedTensor)t);
+            Mxfp8 packed = mxfp8_new(64, columns);
+            if (t != skip && mxfp8_promised(choice, level, block_is_dense(&model, l), (SavedTensor)t)) {
+                CPU_OPS.mxfp8_pack(packed, x, 64, columns);
+                CPU_OPS.mxfp8_unpack(x, packed, 64, columns);
             }
-            expect(bytes[0] - bytes[1] == want, "%s, --recompute %s: a block keeps %zu bytes instead of %zu", recipes[k],
-                   RECOMPUTE_NAMES[level], bytes[1], bytes[0] - want);
+            free(packed.codes);
         }
     }
+    model_backward(&model);
+    model_finish_gradients(&model);
+    return mxfp8_take(&model);
 }
 
-static void mxfp8_odd_width(void*) {
-    Model model;
-    ModelConfig m = {.name = {}, .L = 1, .C = 64, .NH = 4, .NKV = 2, .HS = 16, .F = 100, .V = 50, .tied = 0,
-                     .max_positions = 32, .rope_theta = 10000.0, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 1,
-                     .rope_high = 4, .rope_original = 16};
+// |factor a - b| / |b| of the blocks' gradients
+static double mxfp8_distance(const Mxfp8Run* a, const Mxfp8Run* b, double factor) {
+    double far = 0.0, size = 0.0;
+    for (size_t i = a->blocks.begin; i < a->blocks.begin + a->blocks.count; i++) {
+        far += pow(factor * (double)a->grads[i] - (double)b->grads[i], 2);
+        size += pow((double)b->grads[i], 2);
+    }
+    return sqrt(far / size);
+}
+
+static void test_mxfp8_level(const char* recipe, int dense, int level, SavedFp8 choice) {
+    Mxfp8Run exact = mxfp8_run(recipe, level, dense, SAVED_FP8_NONE, 0);
+    Mxfp8Run run = mxfp8_run(recipe, level, dense, choice, 0);
+    Mxfp8Run want = mxfp8_oracle(recipe, level, dense, choice, SAVED_TENSORS);
+    const char *what = SAVED_FP8_NAMES[choice], *name = RECOMPUTE_NAMES[level];
+    int quantizes = recipe_find(recipe)->x.format != FORMAT_FLOATX, effect = 0;
+    expect(mxfp8_same(&run, &want) && run.loss == exact.loss,
+           "%s, %d dense, --recompute %s, --saved-fp8 %s: gradients are not those of what is promised, or loss %.9g "
+           "instead of %.9g", recipe, dense, name, what, run.loss, exact.loss);
+    for (int t = 0; t < SAVED_TENSORS; t++) {
+        if (mxfp8_promised(choice, level, !quantizes, (SavedTensor)t)) {
+            Mxfp8Run planted = mxfp8_oracle(recipe, level, dense, choice, t);
+            expect(!mxfp8_same(&planted, &want), "%s, --recompute %s, --saved-fp8 %s: tensor %d makes no difference",
+                   recipe, name, what, t);
+            free(planted.grads);
+            effect = 1;
+        }
+    }
+    expect(effect || (run.bytes == exact.bytes && mxfp8_same(&run, &exact)),
+           "%s, --recompute %s, --saved-fp8 %s: %zu bytes instead of %zu", recipe, name, what, run.bytes, exact.bytes);
+    // An element's rounding is at most 2^-4 of it but for those that saturate, 2^-4 / sqrt(3) in the mean. Each tensor
+    // adds its own to the gradients behind it, up to five a block of three. Where those gradients are quantized again,
+    // with random numbers, any change draws others: half of what other rotation signs do is allowed then.
+    int tensors = choice == SAVED_FP8_FFN ? 1 : SAVED_TENSORS;
+    double far = mxfp8_distance(&run, &exact, 1.0), allowed = sqrt(3.0 * tensors) * 0.0625 / sqrt(3.0);
+    if (!strcmp(recipe, "quartet")) {
+        Mxfp8Run other = mxfp8_run(recipe, level, dense, SAVED_FP8_NONE, 77);
+        allowed = 0.5 * mxfp8_distance(&other, &exact, 1.0);
+        free(other.grads);
+    }
+    expect(far <= allowed, "%s, --recompute %s, --saved-fp8 %s: gradients are %.3g apart", recipe, name, what, far);
+    expect(mxfp8_distance(&run, &exact, 1.0 + 2.0 * allowed) > allowed, "longer gradients are not seen");
+    test_free(exact.grads, run.grads, want.grads);
+}
+
+// MXFP8 of one more block takes as much less as the format says, and at norm the operand of down is kept instead of
+// made again
+static void test_mxfp8_bytes(void) {
+    const size_t columns[SAVED_TENSORS] = {64, 128, 64, 64, 192};
+    const char* const recipes[] = {"bf16", "fp8", "quartet"};
+    for (int i = 0; i < 3 * RECOMPUTE_LEVELS * SAVED_FP8_CHOICES; i++) {
+        int k = i % 3, level = i / 3 % RECOMPUTE_LEVELS;
+        SavedFp8 choice = (SavedFp8)(i / 3 / RECOMPUTE_LEVELS);
+        size_t down = (size_t)round_up((int64_t)qtensor_bytes(&recipe_find(recipes[k])->x, 64, 96), 256), want = 0;
+        for (int t = 0; t < SAVED_TENSORS; t++) {
+            size_t n = 64 * columns[t], packed = (size_t)round_up((int64_t)n * 33 / 32, 256);
+            want += mxfp8_promised(choice, level, k == 0, (SavedTensor)t) ? n * sizeof(floatX) - packed : 0;
+        }
+        want -= choice != SAVED_FP8_NONE && level == RECOMPUTE_NORM && k > 0 ? down : 0;
+        size_t exact = memory_block_bytes(recipes[k], (Recompute)level, SAVED_FP8_NONE);
+        size_t bytes = memory_block_bytes(recipes[k], (Recompute)level, choice);
+        expect(exact - bytes == want, "%s, --recompute %s, --saved-fp8 %s: a block keeps %zu bytes instead of %zu",
+               recipes[k], RECOMPUTE_NAMES[level], SAVED_FP8_NAMES[choice], bytes, exact - want);
+    }
+}
+
+// bytes a token that `layers` blocks of llama2-7b keep, and all that goes with them
+static double mxfp8_activations(const char* recipe, SavedFp8 choice, int layers) {
+    ModelConfig m = preset_model(preset_find("llama2-7b"));
     TrainingMemory training = MEMORY_EXACT;
-    training.gate_up_fp8 = 1;
-    model_prepare(&model, &CPU_OPS, &m, recipe_find("bf16"), training, 2, 32);
+    Model model;
+    training.saved_fp8 = choice;
+    m.L = layers;
+    model_prepare(&model, &CPU_OPS, &m, recipe_find(recipe), training, 8, 2048);
+    double bytes = (double)model.memory_bytes[MEMORY_ACTIVATIONS] / (8 * 2048);
+    model_free_tables(&model);
+    return bytes;
+}
+
+// the target: of a 7B block at most half of what bf16 keeps, counted as a block more and as the whole of 32
+static void test_mxfp8_share(void) {
+    for (int choice = 0; choice < SAVED_FP8_CHOICES; choice++) {
+        double whole = mxfp8_activations("quartet", (SavedFp8)choice, 32);
+        double block = whole - mxfp8_activations("quartet", (SavedFp8)choice, 31);
+        double dense = mxfp8_activations("bf16", SAVED_FP8_NONE, 32);
+        double dense_block = dense - mxfp8_activations("bf16", SAVED_FP8_NONE, 31);
+        printf("  llama2-7b, --saved-fp8 %s: a quartet block keeps %.1f KB a token, %.3f of bf16's; of all %.3f\n",
+               SAVED_FP8_NAMES[choice], block / 1024, block / dense_block, whole / dense);
+        int half = block <= 0.5 * dense_block && whole <= 0.5 * dense;
+        expect(half == (choice == SAVED_FP8_ALL), "--saved-fp8 %s: %.3f and %.3f", SAVED_FP8_NAMES[choice],
+               block / dense_block, whole / dense);
+    }
+}
+
+static ModelConfig mxfp8_shape;
+static void mxfp8_odd_shape(void* choice) {
+    Model model;
+    TrainingMemory training = MEMORY_EXACT;
+    training.saved_fp8 = *(SavedFp8*)choice;
+    model_prepare(&model, &CPU_OPS, &mxfp8_shape, recipe_find("bf16"), training, 2, 32);
+}
+
+static void test_mxfp8_shapes(void) {
+    const struct { SavedFp8 choice; int C, NH, NKV, HS, F; const char* words; } cases[] = {
+        {SAVED_FP8_FFN, 64, 4, 2, 16, 100, "--saved-fp8 ffn needs --ffn to be a multiple of 32, but it is 100; 96 and 128"},
+        {SAVED_FP8_ALL, 64, 4, 2, 16, 100, "--saved-fp8 all needs --ffn to be a multiple of 32, but it is 100; 96 and 128"},
+        {SAVED_FP8_ALL, 48, 4, 2, 16, 96, "--saved-fp8 all needs --channels to be a multiple of 32, but it is 48; 32 and 64"},
+        {SAVED_FP8_ALL, 64, 3, 1, 16, 96, "(--heads + 2 x --kv-heads) x head size to be a multiple of 32, but it is 80"},
+        {SAVED_FP8_ALL, 96, 6, 1, 8, 96, "--heads x head size to be a multiple of 32, but it is 48; 32 and 64"}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        mxfp8_shape = (ModelConfig){.name = {}, .L = 1, .C = cases[i].C, .NH = cases[i].NH, .NKV = cases[i].NKV,
+                                    .HS = cases[i].HS, .F = cases[i].F, .V = 50, .tied = 0, .max_positions = 32,
+                                    .rope_theta = 10000.0, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 1,
+                                    .rope_high = 4, .rope_original = 16};
+        SavedFp8 choice = cases[i].choice;
+        expect_exit(EXIT_USAGE, cases[i].words, mxfp8_odd_shape, &choice);
+    }
 }
 
 static void test_mxfp8(void) {
@@ -268,11 +395,12 @@ static void test_mxfp8(void) {
     test_mxfp8_swiglu(5, 1792, 4.0);
     test_mxfp8_swiglu(33, 96, 30.0);
     test_mxfp8_nan();
-    test_mxfp8_model("bf16", 0);
-    test_mxfp8_model("fp8", 0);
-    test_mxfp8_model("quartet", 0);
-    test_mxfp8_model("quartet", 1);
+    const struct { const char* recipe; int dense; } models[] = {{"bf16", 0}, {"fp8", 0}, {"quartet", 0}, {"quartet", 1}};
+    for (int i = 0; i < 4 * RECOMPUTE_LEVELS; i++) {
+        test_mxfp8_level(models[i % 4].recipe, models[i % 4].dense, i / 4, SAVED_FP8_FFN);
+        test_mxfp8_level(models[i % 4].recipe, models[i % 4].dense, i / 4, SAVED_FP8_ALL);
+    }
     test_mxfp8_bytes();
-    expect_exit(EXIT_USAGE, "--gate-up-dtype fp8 needs an --ffn that is a multiple of 32, but it is 100; 96 and 128",
-                mxfp8_odd_width, NULL);
+    test_mxfp8_share();
+    test_mxfp8_shapes();
 }

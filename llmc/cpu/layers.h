@@ -191,13 +191,12 @@ static void cpu_rope(floatX* qkv, const float* table, AttentionShape s, int firs
     }
 }
 
-// kept (rows, cols) = x
-static void mxfp8_encode(Mxfp8 kept, const floatX* x, int rows, int cols) {
+static void cpu_mxfp8_pack(Mxfp8 out, const floatX* x, int rows, int cols) {
     int64_t groups = (int64_t)rows * (cols / GROUP);
 #pragma omp parallel for schedule(static)
     for (int64_t group = 0; group < groups; group++) {
         const floatX* from = x + group * GROUP;
-        uint8_t* codes = kept.codes + group * GROUP;
+        uint8_t* codes = out.codes + group * GROUP;
         uint32_t largest = 0;
         for (int k = 0; k < GROUP; k++) {
             uint32_t bits = f32_bits(floatX_to_f32(from[k])) & 0x7fffffffu;
@@ -209,13 +208,27 @@ static void mxfp8_encode(Mxfp8 kept, const floatX* x, int rows, int cols) {
         for (int k = 0; k < GROUP; k++) {
             codes[k] = scale == UE8M0_NAN ? 0x7f : f32_to_e4m3(floatX_to_f32(from[k]) * inverse);
         }
-        kept.scales[group] = (uint8_t)scale;
+        out.scales[group] = (uint8_t)scale;
+    }
+}
+
+static void cpu_mxfp8_unpack(floatX* out, Mxfp8 packed, int rows, int cols) {
+    int64_t groups = (int64_t)rows * (cols / GROUP);
+#pragma omp parallel for schedule(static)
+    for (int64_t group = 0; group < groups; group++) {
+        const uint8_t* codes = packed.codes + group * GROUP;
+        uint32_t scale = packed.scales[group];
+        floatX* to = out + group * GROUP;
+#pragma omp simd
+        for (int k = 0; k < GROUP; k++) {
+            to[k] = f32_to_floatX(mxfp8_decode(codes[k], scale));
+        }
     }
 }
 
 static void cpu_swiglu_forward(floatX* out, Mxfp8 kept, const floatX* inp, int BT, int F) {
     if (kept.codes) {
-        mxfp8_encode(kept, inp, BT, 2 * F);
+        cpu_mxfp8_pack(kept, inp, BT, 2 * F);
     }
 #pragma omp parallel for schedule(static)
     for (int t = 0; t < BT; t++) {
