@@ -4,10 +4,11 @@
 #     dev/gpu_ranks.sh --data DIR                        all parts: losses elastic scaling saves kills faults
 #     TRAIN=build/BF16-cuda/train_llama dev/gpu_ranks.sh --data DIR losses scaling
 #
-#   losses    150 steps of 30m on one GPU, then 50 more on 1, 2 and 4 GPUs, bf16 and quartet: how far apart the losses are, beside a
-#             run on one GPU with half the micro-batch, whose sums are only ordered otherwise; 4 GPUs twice give the same bits
+#   losses    150 steps of 30m on one GPU, then 50 at a lower rate on 1, 2 and 4 GPUs, bf16 and quartet: how far apart the losses
+#             are, beside a run on one GPU with half the micro-batch, whose sums are only ordered otherwise; 4 GPUs twice give
+#             the same bits
 #   elastic   4 -> 2 -> 1 -> 4 GPUs: what is loaded is what was saved, to the bit; the same samples, losses as without a stop
-#   scaling   MODELS on 1 GPU and on all, the same work a GPU: tokens/s, ratio, memory against --plan
+#   scaling   MODELS on 1 GPU and on all (SIZES=1, SIZES=4: only that), the same work a GPU: tokens/s, ratio, memory against --plan
 #   saves     tinyllama-1.1b on all GPUs: what an asynchronous save costs the steps, and the time from SIGUSR1 to exit code 75
 #   kills     dev/test/kill.sh with 2 ranks, KILLS kills in all, on two pairs of GPUs at once
 #   faults    dev/test/ranks.sh and dev/test/ranks_faults.sh
@@ -156,7 +157,7 @@ losses() {
     make_bases
     for r in bf16 quartet; do
         again $r-1 $r-half $r-2 $r-4 $r-4b
-        eval "from_$r=(\"\${SMALL30[@]}\" --recipe $r --steps 200 --resume $(base_of $r))"
+        eval "from_$r=(\"\${SMALL30[@]}\" --recipe $r --lr 1e-4 --steps 200 --resume $(base_of $r))"
     done
     on 0 bf16-1 "${from_bf16[@]}" & on 1 bf16-half "${from_bf16[@]}" --batch-size 32 &
     on 2 quartet-1 "${from_quartet[@]}" & on 3 quartet-half "${from_quartet[@]}" --batch-size 32 &
@@ -215,11 +216,12 @@ scaling() {
     local model n gpus tokens options planned used
     for model in $MODELS; do
         read -r tokens options <<<"${WORK_OF[$model]}"
-        for n in 1 4; do
+        for n in ${SIZES:-1 4}; do
             gpus=0,1,2,3
             unsaved ${gpus:0:$((2 * n - 1))} $model-$n 5 $options --recipe quartet --batch-tokens $((tokens * n))
             kept $model-$n
         done
+        [ -s $model-1/metrics.jsonl ] && [ -s $model-4/metrics.jsonl ] || continue
         shown "$model on 4 GPUs" speed $model-1 $model-4
         on 0,1,2,3 plan $options --recipe quartet --batch-tokens $((tokens * 4)) --plan
         planned=$(awk '/^  total/ { print $2; exit }' "$LOGS/plan.log")
