@@ -8,8 +8,9 @@
 #             are, beside a run on one GPU with half the micro-batch, whose sums are only ordered otherwise; 4 GPUs twice give
 #             the same bits
 #   elastic   4 -> 2 -> 1 -> 4 GPUs: what is loaded is what was saved, to the bit; the same samples, losses as without a stop
-#   scaling   MODELS on 1 GPU and on all (SIZES=1, SIZES=4: only that), the same work a GPU: tokens/s, ratio, memory against --plan
-#   saves     tinyllama-1.1b on all GPUs: what an asynchronous save costs the steps, and the time from SIGUSR1 to exit code 75
+#   scaling   MODELS on 1 GPU and on all (SIZES=1, SIZES=4: only that; FIRST: the GPU of the former), the same work a GPU: tokens/s, ratio, memory against --plan
+#   saves     tinyllama-1.1b on all GPUs: what an asynchronous save costs the steps, and the time from SIGUSR1 to exit code 75, on
+#             the disk and in memory (/dev/shm)
 #   kills     dev/test/kill.sh with 2 ranks, KILLS kills in all, on two pairs of GPUs at once
 #   faults    dev/test/ranks.sh and dev/test/ranks_faults.sh
 #
@@ -43,7 +44,7 @@ on() {
     n=$(tr -cd , <<<"$gpus" | wc -c)
     [ "$n" -eq 0 ] || launch=(timeout 300 mpirun --bind-to none -np $((n + 1)))
     CUDA_VISIBLE_DEVICES=$gpus "${launch[@]}" "$TRAIN" --device cuda --train-data "$data/*train*.bin" --val-every 0 --out "$name" \
-        "$@" >"$LOGS/$name.log" 2>&1
+        "$@" >"$LOGS/${name##*/}.log" 2>&1
 }
 # again NAME...: without what an earlier start of this script left
 again() { for name in "$@"; do rm -rf "${OUT:?}/$name"; done; }
@@ -217,7 +218,7 @@ scaling() {
     for model in $MODELS; do
         read -r tokens options <<<"${WORK_OF[$model]}"
         for n in ${SIZES:-1 4}; do
-            gpus=0,1,2,3
+            gpus=${FIRST:-0},1,2,3
             unsaved ${gpus:0:$((2 * n - 1))} $model-$n 5 $options --recipe quartet --batch-tokens $((tokens * n))
             kept $model-$n
         done
@@ -231,21 +232,29 @@ scaling() {
     done
 }
 
-saves() {
-    local pid begin code
-    again saves
-    on 0,1,2,3 saves --model tinyllama-1.1b --batch-size 16 --warmup-steps 10 --recipe quartet --batch-tokens 524288 --steps 1000 \
-        --save-every 15 --keep 2 --async-save on &
+# stop_after STEP FOLDER ARGUMENTS...: tinyllama-1.1b on all GPUs; SIGUSR1 once it logged that step; ms until it has saved and ended
+stop_after() {
+    local step=$1 out=$2 pid begin code ms; shift 2
+    rm -rf "$out"
+    on 0,1,2,3 "$out" --model tinyllama-1.1b --batch-size 16 --warmup-steps 10 --recipe quartet --batch-tokens 524288 --steps 1000 \
+        --keep 2 "$@" &
     pid=$!
-    until grep -qs '"type":"step","step":42,' saves/metrics.jsonl || ! kill -0 $pid 2>/dev/null; do sleep 0.2; done
+    until grep -qs "\"type\":\"step\",\"step\":$step," "$out/metrics.jsonl" || ! kill -0 $pid 2>/dev/null; do sleep 0.1; done
     begin=${EPOCHREALTIME/./}
     pkill -USR1 -P "$(pgrep -P $pid)"     # mpirun, which `timeout` has started
     wait $pid; code=$?
-    echo "SIGUSR1 to exit code $code: $(((${EPOCHREALTIME/./} - begin) / 1000)) ms" | tee -a "$LOGS/figures.txt"
-    check "SIGUSR1: exit code 75 within 10 s" test $code -eq 75 -a $(((${EPOCHREALTIME/./} - begin) / 1000)) -lt 10000
+    ms=$(((${EPOCHREALTIME/./} - begin) / 1000))
+    echo "SIGUSR1 to exit code $code, saving to $(df --output=source,fstype "$out" | tail -n 1 | tr -s ' '): $ms ms" |
+        tee -a "$LOGS/figures.txt"
+    check "SIGUSR1: exit code 75 within 10 s" test $code -eq 75 -a $ms -lt 10000
+}
+saves() {
+    [ ! -w /dev/shm ] || stop_after 3 /dev/shm/gpu_ranks_saves --save-every 0
+    rm -rf /dev/shm/gpu_ranks_saves
+    stop_after 42 saves --save-every 15 --async-save on
     kept saves
     figures saves saves 15
-    rm -rf saves/step_*
+    rm -rf saves
 }
 
 kills() {
