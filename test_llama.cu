@@ -25,7 +25,7 @@
 #include "dev/test/linear.h"
 #include "dev/test/llama.h"
 #include "dev/test/memory.h"
-#include "dev/test/mxfp8.h"
+#include "dev/test/mxint8.h"
 #include "dev/test/ops.h"
 #include "dev/test/quant.h"
 #include "dev/test/run.h"
@@ -51,7 +51,7 @@ static const Section SECTIONS[] = {
     {"update", test_update, "sums, skip, AdamW"},
     {"memory", test_memory, "narrow state, recomputation, what fits"},
     {"bench", test_bench, "--bench: rows of linear layers are what a step runs"},
-    {"mxfp8", test_mxfp8, "what backward may keep of gate and up"},
+    {"mxint8", test_mxint8, "what backward may keep of gate and up"},
     {"gradient", test_gradient, "whole-model gradients by finite differences (FP32 build)"},
     {"llama", test_llama_golden, "ten training steps of the PyTorch reference (FP32 build)"},
     {"options", test_options, "options, presets"},

@@ -338,9 +338,9 @@ static void print_header(const Trainer* t, const Ops* ops) {
     printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps,
            run_tokens, (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule,
            (long long)c->warmup_steps);
-    printf("memory     %sB for the model%s (--plan lists it); recompute %s; saved-fp8 %s%s, gradients %s, AdamW %s%s\n",
+    printf("memory     %sB for the model%s (--plan lists it); recompute %s; saved-int8 %s%s, gradients %s, AdamW %s%s\n",
            memory,
-           t->run.comm.size > 1 ? " on each rank" : "", c->recompute, c->saved_fp8,
+           t->run.comm.size > 1 ? " on each rank" : "", c->recompute, c->saved_int8,
            run_saved_note(&t->model), c->grad_dtype, c->adam_dtype,
            t->run.training.ranks > 1 ? " divided over ranks" : "");
     printf("checkpoint written %s\n", saver_is_async(&t->saver) ? "beside training" : "while training waits");

@@ -110,8 +110,8 @@ static void bench_table(Bench* bench) {
         {"rope", bench_rope, 2 * L, 0, 2 * x * BT * (A + KV)},
         {"swiglu forward", bench_swiglu, L, 0, 3 * x * BT * F + kept},
         {"swiglu backward", bench_swiglu_backward, L, 0, 3 * x * BT * F + (kept > 0 ? kept : 2 * x * BT * F)},
-        {"pack as MXFP8", bench_pack, like, 0, bench_pack_bytes(bench)},
-        {"unpack MXFP8", bench_unpack, like, 0, bench_pack_bytes(bench)},
+        {"pack as MXINT8", bench_pack, like, 0, bench_pack_bytes(bench)},
+        {"unpack MXINT8", bench_unpack, like, 0, bench_pack_bytes(bench)},
         {"attention forward", bench_attention, L, attention, 0},
         {"attention backward", bench_attention_backward, L, 2.5 * attention, 0},
         {"linear forward (4 layers)", bench_linears_forward, like, 2 * BT * linear, 0},
@@ -125,7 +125,7 @@ static void bench_table(Bench* bench) {
     };
     printf("%-28s %8s %10s %10s %12s %6s\n", "operation", "calls", "ms a call", "ms", "rate", "% max");
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        if (rows[i].flops + rows[i].bytes <= 0) {  // --saved-fp8 keeps nothing
+        if (rows[i].flops + rows[i].bytes <= 0) {  // --saved-int8 keeps nothing
             continue;
         }
         double seconds = bench_time(bench, rows[i].run);

@@ -47,7 +47,7 @@ static double bench_made_bytes(const QTensor* q) {
 // what backward keeps of gate and up where that is not gate_up itself
 static double bench_kept_bytes(const Bench* bench) {
     size_t BT = (size_t)bench_tokens(bench->model), F = (size_t)bench->model->config.F;
-    return bench_block(bench)->fp8[SAVED_GATE_UP].codes ? (double)mxfp8_bytes(BT, 2 * F) : 0.0;
+    return bench_block(bench)->int8[SAVED_GATE_UP].codes ? (double)mxint8_bytes(BT, 2 * F) : 0.0;
 }
 
 // Of the blocks that are as the timed one, quantized or dense, so many are entered behind a residual add, and backward

@@ -99,17 +99,17 @@ static void bench_rmsnorm_backward(Bench* bench) {
 }
 static void bench_swiglu(Bench* bench) {
     BlockActivations* b = bench_block(bench);
-    bench->model->ops->swiglu_forward(b->act, b->fp8[SAVED_GATE_UP], b->gate_up, bench_tokens(bench->model),
+    bench->model->ops->swiglu_forward(b->act, b->int8[SAVED_GATE_UP], b->gate_up, bench_tokens(bench->model),
                                       bench->model->config.F);
 }
 static void bench_swiglu_backward(Bench* bench) {
     Model* model = bench->model;
     const BlockActivations* b = bench_block(bench);
-    model->ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->fp8[SAVED_GATE_UP], bench_tokens(model),
+    model->ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->int8[SAVED_GATE_UP], bench_tokens(model),
                                 model->config.F);
 }
 
-// what backward reads as MXFP8 but for gate_up, which SwiGLU packs and unpacks
+// what backward reads as MXINT8 but for gate_up, which SwiGLU packs and unpacks
 static void bench_pack(Bench* bench) {
     for (int t = 0; t < SAVED_GATE_UP; t++) {
         model_pack(bench->model, bench->block, (SavedTensor)t);
@@ -125,7 +125,7 @@ static double bench_pack_bytes(const Bench* bench) {
     size_t BT = (size_t)bench_tokens(bench->model), bytes = 0;
     for (int t = 0; t < SAVED_GATE_UP; t++) {
         size_t columns = (size_t)saved_columns(&bench->model->config, (SavedTensor)t);
-        bytes += bench_block(bench)->fp8[t].codes ? BT * columns * sizeof(floatX) + mxfp8_bytes(BT, columns) : 0;
+        bytes += bench_block(bench)->int8[t].codes ? BT * columns * sizeof(floatX) + mxint8_bytes(BT, columns) : 0;
     }
     return (double)bytes;
 }
@@ -169,7 +169,7 @@ static void bench_quantize_x(Bench* bench) {
 static void bench_swiglu_x(Bench* bench) {
     BlockActivations* b = bench_block(bench);
     b->x[LINEAR_DOWN] = linear_swiglu_input(&bench->model->linear, bench_linear(bench), b->x_memory[LINEAR_DOWN],
-                                            b->act, b->fp8[SAVED_GATE_UP], b->gate_up, bench_tokens(bench->model));
+                                            b->act, b->int8[SAVED_GATE_UP], b->gate_up, bench_tokens(bench->model));
 }
 static void bench_carry_w(Bench* bench) { bench->model->ops->carry(&bench_linear(bench)->w); }
 static void bench_forward(Bench* bench) {
@@ -222,7 +222,7 @@ static void bench_finish(Bench* bench) {
     case LINEAR_GATE_UP: model_norm_backward(model, *owed, P_NORM2, bench->block, b->mid, b->rstd2); break;
     case LINEAR_DOWN:
         model->ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed->mask, owed->row_scale, b->gate_up,
-                                             b->fp8[SAVED_GATE_UP], BT, model->config.F);
+                                             b->int8[SAVED_GATE_UP], BT, model->config.F);
         break;
     default:
         model->ops->unrotate(real_floatX(bench_buffers(bench).dinp), owed->mask, owed->row_scale, BT,

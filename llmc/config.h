@@ -86,8 +86,8 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
       "instruction that multiplies quantized operands; f32 on the CPU; fp4: Blackwell, has not run on hardware yet")  \
     X(CHOICE, recompute, "auto", "Machine", "auto|none|norm|ffn|block",                                               \
       "made again in backward: norms, SwiGLU, FP4 of x | also gate+up | whole blocks; auto: the least that fits")      \
-    X(CHOICE, saved_fp8, "none", "Machine", "none|ffn|all",                                                           \
-      "kept for backward as MXFP8 (E4M3, a scale per 32): ffn: gate+up; all: also q k v, attention, residual stream") \
+    X(CHOICE, saved_int8, "none", "Machine", "none|ffn|all",                                                           \
+      "kept for backward as MXINT8 (8 bits, a scale per 32): ffn: gate+up; all: q k v, attention, residuals, too")     \
     X(CHOICE, graphs, "auto", "Machine", "auto|on|off", "CUDA graphs: a step's kernels are launched as one")          \
     X(COUNT, threads, "auto", "Machine", "N", "CPU threads")                                                          \
     X(TEXT, config, "", "Machine", "FILE", "read options from lines `name = value`")                                  \

@@ -4,11 +4,12 @@
 // 0.
 //   format  bits s e m   bias   largest    not a number     used for
 //   bf16    1 8 7        127    3.39e38    yes              parameters, activations (floatX)
-//   e4m3    1 4 3        7      448        S.1111.111       fp8 operands, forward; MXFP8
+//   e4m3    1 4 3        7      448        S.1111.111       fp8 operands, forward
 //   e5m2    1 5 2        15     57344      S.11111.{01..11} fp8 operands, gradients (and infinities)
 //   e2m1    1 2 1        1      6          none             FP4 codes: 0 .5 1 1.5 2 3 4 6
-//   ue8m0   0 8 0        127    2^127      255              MXFP4 and MXFP8 scales: the byte e+127 is 2^e
+//   ue8m0   0 8 0        127    2^127      255              MXFP4 and MXINT8 scales: the byte e+127 is 2^e
 //   ue4m3   0 4 3        7      448        127              NVFP4 scales
+//   int8    integers     -      127        none             MXINT8: what backward may keep of forward
 // Rounding is to nearest, ties to even, as the hardware's cvt.rn.satfinite does, unless a function says stochastic.
 // floatX is the type of parameters and activations: bf16, or f32 in the PRECISION=FP32 build.
 #pragma once
@@ -145,12 +146,24 @@ static HOST_DEVICE inline float ue8m0_inverse(uint32_t byte) {
     return f32_from_bits(byte >= 254 ? (byte == 254 ? 0x00400000u : 0x7fc00000u) : (254u - byte) << 23);
 }
 
-// The scale of an MXFP8 group of 32, 2^(floor(log2 largest) - 8), at least 2^-127; NaN where the group has a NaN or an
-// infinity. largest: bits of its largest magnitude. Elements are f32_to_e4m3(x / scale), of which 448 to 512 saturate
-// (OCP MX 1.0, 6.3); all of a group without a scale are NaN, 0x7f.
-static HOST_DEVICE inline uint32_t mxfp8_scale(uint32_t largest) {
-    int exponent = (int)(largest >> 23) - 8;
-    return largest >= 0x7f800000u ? UE8M0_NAN : exponent < 0 ? 0u : (uint32_t)exponent;
+// The scale of an MXINT8 group of 32, 2^floor(log2 largest), at least 2^-120, so that a step is a normal number; NaN
+// where the group has a NaN or an infinity. largest: bits of its largest magnitude. Elements are f32_to_int8(x / step),
+// a step is 2^-6 of the scale (OCP MX 1.0, 5.3.4, 6.3); all of a group without a scale are 127.
+static HOST_DEVICE inline uint32_t mxint8_scale(uint32_t largest) {
+    uint32_t exponent = largest >> 23;
+    return largest >= 0x7f800000u ? UE8M0_NAN : exponent < 7 ? 7u : exponent;
+}
+static HOST_DEVICE inline float mxint8_step(uint32_t scale) {
+    return f32_from_bits(scale == UE8M0_NAN ? 0x7fc00000u : (scale - 6) << 23);
+}
+static HOST_DEVICE inline float mxint8_inverse_step(uint32_t scale) {
+    return f32_from_bits(scale == UE8M0_NAN ? 0x7fc00000u : (260 - scale) << 23);
+}
+
+// to nearest, at most 127 either way; 127 of a NaN. Adding 1.5 * 2^23 makes the f32 adder round.
+static HOST_DEVICE inline uint8_t f32_to_int8(float x) {
+    float below = x < 127.0f ? x : 127.0f;
+    return (uint8_t)f32_bits((below > -127.0f ? below : -127.0f) + 12582912.0f);
 }
 
 // floor(log2(x)) + 127 of a positive finite f32, exact, denormals included (their result is <= 0)

@@ -70,7 +70,7 @@ static void generator_block(const Model* model, Generator* g, int l, int rows, i
     ops->add(g->x, g->x, g->projection, (size_t)rows * m->C);
     ops->rmsnorm_forward(g->norm, g->rstd, g->x, model_weight(model, P_NORM2, l), rows, m->C, (float)m->rms_eps);
     linear_forward(&ctx, &linears[LINEAR_GATE_UP], g->gate_up, &x, g->operand, g->norm, padded);
-    ops->swiglu_forward(g->act, MXFP8_NONE, g->gate_up, rows, m->F);
+    ops->swiglu_forward(g->act, MXINT8_NONE, g->gate_up, rows, m->F);
     linear_forward(&ctx, &linears[LINEAR_DOWN], g->projection, &x, g->operand, g->act, padded);
     ops->add(g->x, g->x, g->projection, (size_t)rows * m->C);
 }

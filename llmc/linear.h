@@ -199,7 +199,7 @@ static QTensor linear_norm_input(const LinearContext* ctx, const Linear* linear,
 
 // The same behind SwiGLU of gate_up (BT, 2C), which goes to kept, too, where there is one; act (BT, C) as norm above
 static QTensor linear_swiglu_input(const LinearContext* ctx, const Linear* linear, void* memory, floatX* act,
-                                   Mxfp8 kept, const floatX* gate_up, int BT) {
+                                   Mxint8 kept, const floatX* gate_up, int BT) {
     if (linear->recipe->x.format == FORMAT_MXFP4 && !ctx->telemetry) {
         QTensor x;
         QuantizeArgs args = linear_operand_args(ctx, OPERAND_X, linear, &x, memory, ctx->operand_a, BT, linear->C);

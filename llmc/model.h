@@ -30,7 +30,7 @@ static void model_quantize_weights(Model* model) {
     model->weights_quantized = 1;
 }
 
-// Where backward reads a tensor of block l as MXFP8: what forward has completed goes there; what backward reads comes
+// Where backward reads a tensor of block l as MXINT8: what forward has completed goes there; what backward reads comes
 // from there, into a buffer that all blocks share.
 static floatX* block_tensor(const BlockActivations* b, SavedTensor tensor) {
     floatX* const tensors[SAVED_TENSORS] = {b->inp, b->qkv, b->att, b->mid, b->gate_up};
@@ -38,15 +38,15 @@ static floatX* block_tensor(const BlockActivations* b, SavedTensor tensor) {
 }
 static void model_pack(Model* model, int l, SavedTensor tensor) {
     const BlockActivations* b = &model->blocks[l];
-    if (b->fp8[tensor].codes) {
-        model->ops->mxfp8_pack(b->fp8[tensor], block_tensor(b, tensor), model->B * model->T,
+    if (b->int8[tensor].codes) {
+        model->ops->mxint8_pack(b->int8[tensor], block_tensor(b, tensor), model->B * model->T,
                                saved_columns(&model->config, tensor));
     }
 }
 static void model_unpack(Model* model, int l, SavedTensor tensor) {
     const BlockActivations* b = &model->blocks[l];
-    if (b->fp8[tensor].codes) {
-        model->ops->mxfp8_unpack(block_tensor(b, tensor), b->fp8[tensor], model->B * model->T,
+    if (b->int8[tensor].codes) {
+        model->ops->mxint8_unpack(block_tensor(b, tensor), b->int8[tensor], model->B * model->T,
                                  saved_columns(&model->config, tensor));
     }
 }
@@ -80,7 +80,7 @@ static void model_enter_o(Model* model, const LinearContext* ctx, int l) {
 static void model_enter_down(Model* model, const LinearContext* ctx, int l) {
     BlockActivations* b = &model->blocks[l];
     b->x[LINEAR_DOWN] = linear_swiglu_input(ctx, &model->linears[l * LINEAR_KINDS + LINEAR_DOWN],
-                                            b->x_memory[LINEAR_DOWN], b->act, b->fp8[SAVED_GATE_UP], b->gate_up,
+                                            b->x_memory[LINEAR_DOWN], b->act, b->int8[SAVED_GATE_UP], b->gate_up,
                                             model->B * model->T);
 }
 
@@ -142,7 +142,7 @@ static void model_rebuild_block(Model* model, int l) {
     if (recompute == RECOMPUTE_FFN) {
         linear_product(&again, &model->linears[l * LINEAR_KINDS + LINEAR_GATE_UP], b->gate_up, &b->x[LINEAR_GATE_UP]);
     }
-    if (!b->fp8[SAVED_GATE_UP].codes) {
+    if (!b->int8[SAVED_GATE_UP].codes) {
         model_enter_down(model, &packed, l);
     }
 }
@@ -262,9 +262,9 @@ static void model_backward_block(Model* model, int l) {
     Owed owed = linear_backward_owed(ctx, &linears[LINEAR_DOWN], model->dact, model->dresidual, &b->x[LINEAR_DOWN], BT);
     if (owed.rotated) {
         ops->unrotate_swiglu_backward(model->dgate_up, model->dact, owed.mask, owed.row_scale, b->gate_up,
-                                      b->fp8[SAVED_GATE_UP], BT, m->F);
+                                      b->int8[SAVED_GATE_UP], BT, m->F);
     } else {
-        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->fp8[SAVED_GATE_UP], BT, m->F);
+        ops->swiglu_backward(model->dgate_up, model->dact, b->gate_up, b->int8[SAVED_GATE_UP], BT, m->F);
     }
     owed =
         linear_backward_owed(ctx, &linears[LINEAR_GATE_UP], model->dnorm, model->dgate_up, &b->x[LINEAR_GATE_UP], BT);

@@ -14,9 +14,9 @@
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORM, RECOMPUTE_FFN, RECOMPUTE_BLOCK, RECOMPUTE_LEVELS } Recompute;
 static const char* const RECOMPUTE_NAMES[RECOMPUTE_LEVELS] = {"none", "norm", "ffn", "block"};
 
-// What backward reads as MXFP8 instead of as forward computed it, where that is kept at all (block_saves_fp8)
-typedef enum { SAVED_FP8_NONE, SAVED_FP8_FFN, SAVED_FP8_ALL, SAVED_FP8_CHOICES } SavedFp8;
-static const char* const SAVED_FP8_NAMES[SAVED_FP8_CHOICES] = {"none", "ffn", "all"};
+// What backward reads as MXINT8 instead of as forward computed it, where that is kept at all (block_saves_int8)
+typedef enum { SAVED_INT8_NONE, SAVED_INT8_FFN, SAVED_INT8_ALL, SAVED_INT8_CHOICES } SavedInt8;
+static const char* const SAVED_INT8_NAMES[SAVED_INT8_CHOICES] = {"none", "ffn", "all"};
 
 // what training keeps, in which types, and whose linear layers stay dense
 typedef struct {
@@ -25,15 +25,15 @@ typedef struct {
     int has_master;  // f32 copy of the weights; without it they are rounded stochastically
     int dense_first, dense_last;  // so many blocks at the beginning and at the end do not quantize
     int rank, ranks;  // optimizer state is that of slice `rank` of `ranks`
-    SavedFp8 saved_fp8;
+    SavedInt8 saved_int8;
 } TrainingMemory;
-static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 1, 0, 0, 0, 1, SAVED_FP8_NONE};
+static const TrainingMemory MEMORY_EXACT = {RECOMPUTE_NONE, REAL_F32, REAL_F32, 1, 0, 0, 0, 1, SAVED_INT8_NONE};
 
-// tensors of a block that may be MXFP8 for backward
+// tensors of a block that may be MXINT8 for backward
 typedef enum { SAVED_INP, SAVED_QKV, SAVED_ATT, SAVED_MID, SAVED_GATE_UP, SAVED_TENSORS } SavedTensor;
 
 // Kept from forward for backward, one a block; a buffer that is not kept is the same one in all blocks. So is that of a
-// tensor that backward reads as MXFP8: forward packs it when it is complete, backward unpacks it where it is read. inp
+// tensor that backward reads as MXINT8: forward packs it when it is complete, backward unpacks it where it is read. inp
 // and mid then are model->out, added to in place, and gate_up is dgate_up, as no one else needs those meanwhile.
 typedef struct {
     floatX* inp;         // (BT, C) residual stream at the block's entry
@@ -47,7 +47,7 @@ typedef struct {
     floatX* norm2;       // (BT, C)
     floatX* gate_up;     // (BT, 2F)
     floatX* act;         // (BT, F)
-    Mxfp8 fp8[SAVED_TENSORS];  // those that backward reads; with gate_up what is made of it, act or x of down, is kept
+    Mxint8 int8[SAVED_TENSORS];  // where backward reads that; with gate_up what is made of it, act or x of down, stays
     char* x_memory[LINEAR_KINDS];
     QTensor x[LINEAR_KINDS];  // forward operands of the four linear layers
 } BlockActivations;
@@ -84,7 +84,7 @@ typedef struct {
     float* rope_table;    // (positions, HS/2, 2) cos, sin
 
     BlockActivations* blocks;
-    floatX *out;          // (BT, C) residual stream after the last block; all along where its blocks keep MXFP8 of it
+    floatX *out;          // (BT, C) residual stream after the last block; all along where its blocks keep MXINT8 of it
     floatX *final_norm;   // (BT, C)
     float *rstd_final, *losses;  // (BT)
     floatX* logits;       // (classifier_rows, V), turned into its gradient in place
@@ -142,16 +142,16 @@ static int block_is_dense(const Model* model, int l) {
     return model->linears[l * LINEAR_KINDS].recipe->x.format == FORMAT_FLOATX;
 }
 
-// Does backward read that tensor of block l as MXFP8? Not where it is made again, nor where operands are made again of
+// Does backward read that tensor of block l as MXINT8? Not where it is made again, nor where operands are made again of
 // it, nor where it is one (att of a dense block); nor gate_up where act would have to be kept for that.
-static int block_saves_fp8(const Model* model, int l, SavedTensor tensor) {
+static int block_saves_int8(const Model* model, int l, SavedTensor tensor) {
     Recompute recompute = model->training.recompute;
-    int dense = block_is_dense(model, l), all = model->training.saved_fp8 == SAVED_FP8_ALL;
+    int dense = block_is_dense(model, l), all = model->training.saved_int8 == SAVED_INT8_ALL;
     switch (tensor) {
     case SAVED_QKV: return all && recompute < RECOMPUTE_BLOCK;
     case SAVED_ATT: return all && recompute < RECOMPUTE_NORM && !dense;
     case SAVED_GATE_UP:
-        return model->training.saved_fp8 != SAVED_FP8_NONE && recompute < (dense ? RECOMPUTE_NORM : RECOMPUTE_FFN);
+        return model->training.saved_int8 != SAVED_INT8_NONE && recompute < (dense ? RECOMPUTE_NORM : RECOMPUTE_FFN);
     default: return all && recompute < RECOMPUTE_NORM;
     }
 }
@@ -181,13 +181,13 @@ static void model_layout_block(Model* model, Arena* arena, int l, SharedBuffer* 
     Recompute recompute = model->training.recompute;
     BlockActivations* b = &model->blocks[l];
     int dense = block_is_dense(model, l), kept = recompute < RECOMPUTE_NORM, outputs = dense && kept;
-    int ffn = recompute < RECOMPUTE_FFN, block = recompute < RECOMPUTE_BLOCK, fp8[SAVED_TENSORS];
+    int ffn = recompute < RECOMPUTE_FFN, block = recompute < RECOMPUTE_BLOCK, int8[SAVED_TENSORS];
     for (int t = 0; t < SAVED_TENSORS; t++) {
         size_t columns = (size_t)saved_columns(m, (SavedTensor)t);
-        fp8[t] = block_saves_fp8(model, l, (SavedTensor)t);
-        b->fp8[t] = fp8[t] ? mxfp8_at(BT, columns, arena_take(arena, mxfp8_bytes(BT, columns))) : MXFP8_NONE;
+        int8[t] = block_saves_int8(model, l, (SavedTensor)t);
+        b->int8[t] = int8[t] ? mxint8_at(BT, columns, arena_take(arena, mxint8_bytes(BT, columns))) : MXINT8_NONE;
     }
-    b->inp = fp8[SAVED_INP] ? model->out : (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
+    b->inp = int8[SAVED_INP] ? model->out : (floatX*)arena_take(arena, BT * m->C * sizeof(floatX));
 #define TAKE(keep, field, type, count) \
     b->field = (type*)arena_take_shared(arena, shared++, keep, (count) * sizeof(type))
     TAKE(block, rstd1, float, BT);
@@ -201,24 +201,24 @@ static void model_layout_block(Model* model, Arena* arena, int l, SharedBuffer* 
         TAKE(0, act, floatX, BT * (size_t)max_int(m->C, m->F));
         b->norm1 = b->norm2 = b->act;
     }
-    TAKE(block && !fp8[SAVED_QKV], qkv, floatX, BT * (A + 2 * KV));
+    TAKE(block && !int8[SAVED_QKV], qkv, floatX, BT * (A + 2 * KV));
     TAKE(block, lse, float, BT * m->NH);
-    TAKE(block && !fp8[SAVED_ATT], att, floatX, BT * A);
-    if (fp8[SAVED_MID]) {
+    TAKE(block && !int8[SAVED_ATT], att, floatX, BT * A);
+    if (int8[SAVED_MID]) {
         b->mid = model->out;
         shared++;
     } else {
         TAKE(block, mid, floatX, BT * m->C);
     }
     TAKE(block, rstd2, float, BT);
-    if (fp8[SAVED_GATE_UP]) {  // model_layout_backward
+    if (int8[SAVED_GATE_UP]) {  // model_layout_backward
         shared++;
     } else {
         TAKE(ffn, gate_up, floatX, BT * 2 * m->F);
     }
     for (int kind = 0; kind < LINEAR_KINDS; kind++) {
         const Linear* linear = &model->linears[l * LINEAR_KINDS + kind];
-        TAKE(dense || kept || (fp8[SAVED_GATE_UP] && kind == LINEAR_DOWN), x_memory[kind], char,
+        TAKE(dense || kept || (int8[SAVED_GATE_UP] && kind == LINEAR_DOWN), x_memory[kind], char,
              qtensor_bytes(&linear->recipe->x, (int)BT, linear->C));
     }
 #undef TAKE
@@ -249,7 +249,7 @@ static void model_layout_backward(Model* model, Arena* arena) {
     model->dgate_up = (floatX*)arena_take(arena, BT * 2 * m->F * sizeof(floatX));
     for (int l = 0; l < m->L; l++) {  // forward's own gate_up is over when its gradient begins
         model->blocks[l].gate_up =
-            block_saves_fp8(model, l, SAVED_GATE_UP) ? model->dgate_up : model->blocks[l].gate_up;
+            block_saves_int8(model, l, SAVED_GATE_UP) ? model->dgate_up : model->blocks[l].gate_up;
     }
     model->dact = (floatX*)arena_take(arena, BT * m->F * sizeof(floatX));
     size_t operand = 0;
@@ -331,19 +331,19 @@ static OperandSizes model_largest_operands(const Model* model) {
     return largest;
 }
 
-// MXFP8 needs rows of whole groups
-static void model_check_saved(const ModelConfig* m, SavedFp8 choice) {
+// MXINT8 needs rows of whole groups
+static void model_check_saved(const ModelConfig* m, SavedInt8 choice) {
     const struct { const char* what; int width; } rows[] = {
         {"--ffn", m->F},
         {"--channels", m->C},
         {"(--heads + 2 x --kv-heads) x head size", (m->NH + 2 * m->NKV) * m->HS},
         {"--heads x head size", m->NH * m->HS}};
-    int count = choice == SAVED_FP8_ALL ? 4 : choice == SAVED_FP8_FFN ? 1 : 0;
+    int count = choice == SAVED_INT8_ALL ? 4 : choice == SAVED_INT8_FFN ? 1 : 0;
     for (int i = 0; i < count; i++) {
         int width = rows[i].width, below = width / GROUP * GROUP;
         check_or(width % GROUP == 0, EXIT_USAGE,
-                 "--saved-fp8 %s needs %s to be a multiple of %d, but it is %d; %d and %d are the nearest",
-                 SAVED_FP8_NAMES[choice], rows[i].what, GROUP, width, below, below + GROUP);
+                 "--saved-int8 %s needs %s to be a multiple of %d, but it is %d; %d and %d are the nearest",
+                 SAVED_INT8_NAMES[choice], rows[i].what, GROUP, width, below, below + GROUP);
     }
 }
 
@@ -358,7 +358,7 @@ static void model_check(const Model* model) {
         check_or(model->ops->quantize_supports(specs[i]), EXIT_USAGE,
                  "--recipe %s needs a quantizer that device %s does not have", recipe->name, model->ops->name);
     }
-    model_check_saved(m, model->training.saved_fp8);
+    model_check_saved(m, model->training.saved_int8);
     if (recipe->x.format == FORMAT_FLOATX) {
         return;
     }

@@ -163,14 +163,14 @@ typedef struct Ops {
     void (*attention_cached)(floatX* out, floatX* key_cache, floatX* value_cache, const floatX* qkv,
                              AttentionShape shape, int first_position);
 
-    // out (BT, F) = silu(gate) * up, inp (BT, 2F) = gate, up; kept (BT, 2F) = inp in MXFP8, where there is one
-    void (*swiglu_forward)(floatX* out, Mxfp8 kept, const floatX* inp, int BT, int F);
+    // out (BT, F) = silu(gate) * up, inp (BT, 2F) = gate, up; kept (BT, 2F) = inp in MXINT8, where there is one
+    void (*swiglu_forward)(floatX* out, Mxint8 kept, const floatX* inp, int BT, int F);
     // dinp (BT, 2F) = gradient at inp or, where there is one, at kept's values; inp is not read then
-    void (*swiglu_backward)(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, int BT, int F);
+    void (*swiglu_backward)(floatX* dinp, const floatX* dout, const floatX* inp, Mxint8 kept, int BT, int F);
 
-    // out = x (rows, cols) in MXFP8, cols % 32 == 0; and its values, exact but for those below floatX's least number
-    void (*mxfp8_pack)(Mxfp8 out, const floatX* x, int rows, int cols);
-    void (*mxfp8_unpack)(floatX* out, Mxfp8 packed, int rows, int cols);
+    // out = x (rows, cols) in MXINT8, cols % 32 == 0; and its values, which are exact
+    void (*mxint8_pack)(Mxint8 out, const floatX* x, int rows, int cols);
+    void (*mxint8_unpack)(floatX* out, Mxint8 packed, int rows, int cols);
 
     // losses (rows) = -log softmax(logits)[target] in nats; where with_grad, logits (rows, V) becomes its gradient
     // times grad_scale, in place
@@ -195,14 +195,14 @@ typedef struct Ops {
     // Passes that take their neighbour along. Each equals the operations it is named after, bit for bit; `scratch` is
     // where those store what lies between, and may stay as it was.
     // args->out = quantize(swiglu_forward(gate_up (BT, 2F))), kept as there; args->tensor is not read
-    void (*swiglu_quantize)(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up, int BT,
+    void (*swiglu_quantize)(const QuantizeArgs* args, floatX* scratch, Mxint8 kept, const floatX* gate_up, int BT,
                             int F);
     // args->out = quantize(add_rmsnorm_forward(a, b)), or of rmsnorm_forward(a) where b is NULL; sum, rstd as there
     void (*rmsnorm_quantize)(const QuantizeArgs* args, floatX* scratch, floatX* sum, float* rstd, const floatX* a,
                              const floatX* b, const floatX* weight, int BT, int C, float eps);
     // swiglu_backward with dout = unrotate(dact (BT, F), mask, row_scale); dact may be overwritten
     void (*unrotate_swiglu_backward)(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                     const floatX* inp, Mxfp8 kept, int BT, int F);
+                                     const floatX* inp, Mxint8 kept, int BT, int F);
     // rmsnorm_backward with dout = unrotate(dnorm (BT, C), mask, row_scale); dnorm may be overwritten
     void (*unrotate_rmsnorm_backward)(floatX* dinp, RealArray dweight, floatX* dnorm, const uint32_t* mask,
                                       const float* row_scale, const floatX* dresidual, const floatX* inp,

@@ -79,18 +79,18 @@ typedef struct {
     float* row_scale;       // (rows) 2^base of each row: a factor of the product's rows that its reader owes; or NULL
 } QTensor;
 
-// A (rows, cols) tensor in MXFP8: e4m3 codes, one byte an element, and a ue8m0 scale per 32 columns (dtypes.h,
-// mxfp8_scale); 33/32 byte an element, cols % 32 == 0. Its values are code * scale, exact in f32. codes NULL: there is
-// none.
-typedef struct { uint8_t *codes, *scales; } Mxfp8;
-static const Mxfp8 MXFP8_NONE = {NULL, NULL};
+// A (rows, cols) tensor in MXINT8: signed integers, one byte an element, and a ue8m0 scale per 32 columns (dtypes.h,
+// mxint8_scale); 33/32 byte an element, cols % 32 == 0. Its values are integer * step, exact in floatX. codes NULL:
+// there is none.
+typedef struct { uint8_t *codes, *scales; } Mxint8;
+static const Mxint8 MXINT8_NONE = {NULL, NULL};
 
-static inline size_t mxfp8_bytes(size_t rows, size_t cols) { return rows * cols + rows * cols / GROUP; }
-static inline Mxfp8 mxfp8_at(size_t rows, size_t cols, void* memory) {
-    return memory ? Mxfp8{(uint8_t*)memory, (uint8_t*)memory + rows * cols} : MXFP8_NONE;
+static inline size_t mxint8_bytes(size_t rows, size_t cols) { return rows * cols + rows * cols / GROUP; }
+static inline Mxint8 mxint8_at(size_t rows, size_t cols, void* memory) {
+    return memory ? Mxint8{(uint8_t*)memory, (uint8_t*)memory + rows * cols} : MXINT8_NONE;
 }
-static HOST_DEVICE inline float mxfp8_decode(uint32_t code, uint32_t scale) {
-    return e4m3_to_f32((uint8_t)code) * ue8m0_to_f32(scale);
+static HOST_DEVICE inline float mxint8_decode(uint32_t code, uint32_t scale) {
+    return (float)(int8_t)code * mxint8_step(scale);
 }
 
 // Sums over the elements of one operand, for telemetry: error = |decoded - rotated input|

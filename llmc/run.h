@@ -112,8 +112,8 @@ static void run_resolve_training(Run* run) {
     run->training.ranks = sharded ? run->comm.size : 1;
     check_or(sizeof(floatX) == 2 || strcmp(c->reduce_dtype, "bf16"), EXIT_USAGE,
              "--reduce-dtype bf16 needs the build of make PRECISION=BF16; this one computes in f32");
-    for (int i = 0; i < SAVED_FP8_CHOICES; i++) {
-        run->training.saved_fp8 = strcmp(c->saved_fp8, SAVED_FP8_NAMES[i]) ? run->training.saved_fp8 : (SavedFp8)i;
+    for (int i = 0; i < SAVED_INT8_CHOICES; i++) {
+        run->training.saved_int8 = strcmp(c->saved_int8, SAVED_INT8_NAMES[i]) ? run->training.saved_int8 : (SavedInt8)i;
     }
 }
 
@@ -383,7 +383,7 @@ static void run_compare_options(const Run* run, const Json* state) {
         for (size_t i = 0; i < sizeof silent / sizeof silent[0]; i++) {
             is_silent |= silent[i] == id;
         }
-        is_silent &= id != ID_recompute || !strcmp(run->config.saved_fp8, "none");  // it says what is kept as MXFP8
+        is_silent &= id != ID_recompute || !strcmp(run->config.saved_int8, "none");  // it says what is kept as MXINT8
         check_or(!is_fixed, EXIT_USAGE,
                  "the checkpoint was made with --%s %s, this command says %s: the order of the data would "
                  "change; give the old value, or another --out for a new run",
@@ -433,13 +433,13 @@ static void run_find_tokenizer(Run* run, const Dataset* train, const char* check
 // ---------------------------------------------------------------------------------------------------------------------
 // memory
 
-// " (of no effect)" where no block keeps anything that --saved-fp8 could make smaller
+// " (of no effect)" where no block keeps anything that --saved-int8 could make smaller
 static const char* run_saved_note(const Model* model) {
     int saved = 0;
     for (int i = 0; i < model->config.L * SAVED_TENSORS; i++) {
-        saved += block_saves_fp8(model, i / SAVED_TENSORS, (SavedTensor)(i % SAVED_TENSORS));
+        saved += block_saves_int8(model, i / SAVED_TENSORS, (SavedTensor)(i % SAVED_TENSORS));
     }
-    return model->training.saved_fp8 != SAVED_FP8_NONE && saved == 0 ? " (of no effect)" : "";
+    return model->training.saved_int8 != SAVED_INT8_NONE && saved == 0 ? " (of no effect)" : "";
 }
 
 // What the process holds besides the model's own buffers: decoded operands and attention scratch of the CPU backend,
@@ -447,9 +447,9 @@ static const char* run_saved_note(const Model* model) {
 static void run_print_plan(const Run* run, const Model* model, int threads) {
     const double MiB = 1048576.0;
     size_t total = 0;
-    printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --saved-fp8 %s%s, --adam-dtype %s, "
+    printf("memory per rank, %s, micro-batch %d x %d tokens, --recompute %s, --saved-int8 %s%s, --adam-dtype %s, "
            "--grad-dtype %s:\n",
-           model->ops->name, run->B, run->T, run->config.recompute, run->config.saved_fp8,
+           model->ops->name, run->B, run->T, run->config.recompute, run->config.saved_int8,
            run_saved_note(model), run->config.adam_dtype, run->config.grad_dtype);
     for (int kind = 0; kind < MEMORY_CLASSES; kind++) {
         printf("  %-32s %10.1f MiB\n", MEMORY_NAMES[kind], (double)model->memory_bytes[kind] / MiB);

@@ -6,7 +6,7 @@
 // Both first ones without an argument; exit code 1 if a check failed.
 //
 // check   every function against the composition of operations that it stands for, bit for bit (NaN is NaN), with bases
-//         that were predicted right and wrong; SwiGLU for each of the 65536 gates; MXFP8 of gate_up against the CPU's,
+//         that were predicted right and wrong; SwiGLU for each of the 65536 gates; MXINT8 of gate_up against the CPU's,
 //         and what backward makes of it against the same of its decoded values; operands from their codes; planted
 //         errors
 // bench   medians of 20, fused and unfused, on the layers of 200m, tinyllama-1.1b and llama2-7b; bytes are the fewest
@@ -35,7 +35,7 @@ typedef struct {
     void* dweight[SIDES];
     float* row_scale;
     CarrierBase* base[SIDES];
-    void* kept[SIDES];  // MXFP8 of gate_up
+    void* kept[SIDES];  // MXINT8 of gate_up
     void *host[SIDES];
     size_t capacity;  // elements of inp
 } Sides;
@@ -44,7 +44,7 @@ static void quantizer_run(const Sides* s, Quantizer kind, const QuantizeArgs* ar
     int BT = args->out->rows, C = args->out->cols;
     const float eps = 1e-5f;
     if (kind <= SWIGLU_KEPT) {
-        Mxfp8 kept = kind == SWIGLU ? MXFP8_NONE : mxfp8_at((size_t)BT, 2 * (size_t)C, s->kept[side]);
+        Mxint8 kept = kind == SWIGLU ? MXINT8_NONE : mxint8_at((size_t)BT, 2 * (size_t)C, s->kept[side]);
         side == FUSED ? cuda_swiglu_quantize(args, s->scratch, kept, s->inp, BT, C)
                       : unfused_swiglu_quantize(args, s->scratch, kept, s->inp, BT, C);
         return;
@@ -79,7 +79,7 @@ static void sides_alloc(Sides* s, size_t count, int rows, int most_columns) {
         s->dinp[side] = (floatX*)device_alloc(2 * count * sizeof(floatX));
         s->dweight[side] = device_alloc(sizeof(float) * (size_t)most_columns);
         s->base[side] = (CarrierBase*)device_alloc(sizeof(CarrierBase));
-        s->kept[side] = device_alloc(mxfp8_bytes(2, count));
+        s->kept[side] = device_alloc(mxint8_bytes(2, count));
         s->host[side] = malloc_or_die(2 * count * sizeof(float), "results");
     }
 }
@@ -150,15 +150,15 @@ static QTensor variant_out(const Sides* s, int side, int BT, int C, enum Variant
 
 // both sides against the CPU, and planted errors
 static void check_kept(const Sides* s, int BT, int F, const char* name) {
-    size_t count = 2 * (size_t)BT * F, bytes = mxfp8_bytes(2, count / 2);
+    size_t count = 2 * (size_t)BT * F, bytes = mxint8_bytes(2, count / 2);
     floatX* x = (floatX*)malloc_or_die(count * sizeof(floatX), "gate_up");
-    uint8_t* want = (uint8_t*)malloc_or_die(bytes, "MXFP8");
+    uint8_t* want = (uint8_t*)malloc_or_die(bytes, "MXINT8");
     fetch(x, s->inp, count * sizeof(floatX));
-    cpu_mxfp8_pack(mxfp8_at((size_t)BT, 2 * (size_t)F, want), x, BT, 2 * F);
+    cpu_mxint8_pack(mxint8_at((size_t)BT, 2 * (size_t)F, want), x, BT, 2 * F);
     for (int side = 0; side < SIDES; side++) {
         fetch(s->host[side], s->kept[side], bytes);
         int64_t wrong = differing(s->host[side], want, bytes);
-        report(wrong == 0, "%s: MXFP8 of side %d: %lld bytes differ from the CPU's", name, side, (long long)wrong);
+        report(wrong == 0, "%s: MXINT8 of side %d: %lld bytes differ from the CPU's", name, side, (long long)wrong);
         ((uint8_t*)s->host[side])[bytes - 1] ^= 1;
         report(differing(s->host[side], want, bytes) == wrong + 1 || wrong, "%s: a planted scale is not seen", name);
     }
@@ -219,7 +219,7 @@ static void check_quantizer(Sides* s, Quantizer kind, int BT, int C, const char*
                 cuda_check(cudaMemsetAsync(s->sum[side], 0xaa, count * sizeof(floatX), gpu.stream));
                 cuda_check(cudaMemsetAsync(s->rstd[side], 0xaa, (size_t)BT * sizeof(float), gpu.stream));
                 cuda_check(cudaMemsetAsync(s->scratch, 0xff, count * sizeof(floatX), gpu.stream));
-                cuda_check(cudaMemsetAsync(s->kept[side], 0xaa, mxfp8_bytes(2, count), gpu.stream));
+                cuda_check(cudaMemsetAsync(s->kept[side], 0xaa, mxint8_bytes(2, count), gpu.stream));
                 QuantizeArgs args = case_args(&cases[0], ROUND_NEAREST, &out[side], NULL, NULL, NULL);
                 quantizer_run(s, kind, &args, side);
             }
@@ -269,25 +269,25 @@ static void check_swiglu_backward(Sides* s, int BT, int F, Distribution d, int w
     for (int side = 0; side < SIDES; side++) {
         cuda_check(cudaMemsetAsync(s->dinp[side], 0xaa, 2 * count * sizeof(floatX), gpu.stream));
     }
-    unfused_unrotate_swiglu_backward(s->dinp[0], s->dout[0], s->out[0].mask, scale, s->inp, MXFP8_NONE, BT, F);
-    cuda_unrotate_swiglu_backward(s->dinp[1], s->dout[1], s->out[0].mask, scale, s->inp, MXFP8_NONE, BT, F);
+    unfused_unrotate_swiglu_backward(s->dinp[0], s->dout[0], s->out[0].mask, scale, s->inp, MXINT8_NONE, BT, F);
+    cuda_unrotate_swiglu_backward(s->dinp[1], s->dout[1], s->out[0].mask, scale, s->inp, MXINT8_NONE, BT, F);
     report_equal(s, s->dinp[0], s->dinp[1], 2 * count, AS_FLOATX, "unrotate_swiglu_backward (%d, %d) %s, scale %d", BT,
                  F, distribution_names[d], with_scale);
 }
 
-// of MXFP8: fused, and not, and of the values that it stands for, which are exact in floatX here
+// of MXINT8: fused, and not, and of the values that it stands for, which are exact in floatX here
 static void check_swiglu_backward_kept(Sides* s, int BT, int F, Distribution d, int with_scale) {
-    size_t count = 2 * (size_t)BT * F, bytes = mxfp8_bytes(2, count / 2);
+    size_t count = 2 * (size_t)BT * F, bytes = mxint8_bytes(2, count / 2);
     const float* scale = with_scale ? s->row_scale : NULL;
     floatX* x = (floatX*)malloc_or_die(count * sizeof(floatX), "gate_up");
-    void* memory = malloc_or_die(bytes, "MXFP8");
-    Mxfp8 host = mxfp8_at((size_t)BT, 2 * (size_t)F, memory), kept = mxfp8_at((size_t)BT, 2 * (size_t)F, s->kept[0]);
+    void* memory = malloc_or_die(bytes, "MXINT8");
+    Mxint8 host = mxint8_at((size_t)BT, 2 * (size_t)F, memory), kept = mxint8_at((size_t)BT, 2 * (size_t)F, s->kept[0]);
     for (int fused = 0; fused < 2; fused++) {
         backward_inputs(s, BT, F, d);
         fetch(x, s->inp, count * sizeof(floatX));
-        cpu_mxfp8_pack(host, x, BT, 2 * F);
+        cpu_mxint8_pack(host, x, BT, 2 * F);
         for (size_t i = 0; i < count; i++) {
-            x[i] = f32_to_floatX(mxfp8_decode(host.codes[i], host.scales[i / GROUP]));
+            x[i] = f32_to_floatX(mxint8_decode(host.codes[i], host.scales[i / GROUP]));
         }
         to_device(s->kept[0], memory, bytes);
         for (int side = 0; side < SIDES; side++) {
@@ -296,8 +296,8 @@ static void check_swiglu_backward_kept(Sides* s, int BT, int F, Distribution d, 
         (fused ? cuda_unrotate_swiglu_backward : unfused_unrotate_swiglu_backward)(
             s->dinp[0], s->dout[0], s->out[0].mask, scale, NULL, kept, BT, F);
         to_device(s->inp, x, count * sizeof(floatX));
-        unfused_unrotate_swiglu_backward(s->dinp[1], s->dout[1], s->out[0].mask, scale, s->inp, MXFP8_NONE, BT, F);
-        report_equal(s, s->dinp[0], s->dinp[1], count, AS_FLOATX, "swiglu_backward of MXFP8 (%d, %d) %s, fused %d", BT,
+        unfused_unrotate_swiglu_backward(s->dinp[1], s->dout[1], s->out[0].mask, scale, s->inp, MXINT8_NONE, BT, F);
+        report_equal(s, s->dinp[0], s->dinp[1], count, AS_FLOATX, "swiglu_backward of MXINT8 (%d, %d) %s, fused %d", BT,
                      F, distribution_names[d], fused);
     }
     free(x);
@@ -353,7 +353,7 @@ static void check_gates(Sides* s) {
             x[at + F] = f32_to_floatX(pass ? up : 1.0f);
         }
         to_device(s->inp, x, 2 * GATES * sizeof(floatX));
-        cuda_swiglu_forward(s->dinp[0], MXFP8_NONE, s->inp, GATES / F, F);
+        cuda_swiglu_forward(s->dinp[0], MXINT8_NONE, s->inp, GATES / F, F);
         swiglu_vectors_kernel<<<GATES / VEC / 256, 256, 0, gpu.stream>>>(s->dinp[1], s->inp, GATES / VEC, F / VEC);
         fetch(s->host[0], s->dinp[0], GATES * sizeof(floatX));
         fetch(s->host[1], s->dinp[1], GATES * sizeof(floatX));
@@ -491,10 +491,10 @@ static void run_timed(void* state) {
         QuantizeArgs args = case_args(&cases[0], ROUND_NEAREST, &out, s->inp, NULL, NULL);
         fused ? cuda_carry(&out) : cuda_quantize(&args);
     } else if (t->what <= TIMED_SWIGLU_BACKWARD_KEPT) {
-        Mxfp8 kept = mxfp8_at((size_t)BT, 2 * (size_t)C, s->kept[0]);
+        Mxint8 kept = mxint8_at((size_t)BT, 2 * (size_t)C, s->kept[0]);
         (fused ? cuda_unrotate_swiglu_backward : unfused_unrotate_swiglu_backward)(
             s->dinp[0], s->dout[0], s->out[0].mask, s->row_scale, s->inp,
-            t->what == TIMED_SWIGLU_BACKWARD ? MXFP8_NONE : kept, BT, C);
+            t->what == TIMED_SWIGLU_BACKWARD ? MXINT8_NONE : kept, BT, C);
     } else {
         (fused ? cuda_unrotate_rmsnorm_backward : unfused_unrotate_rmsnorm_backward)(
             s->dinp[0], real_f32((float*)s->dweight[0]), s->dout[0], s->out[0].mask, s->row_scale, s->dinp[0], s->inp,

@@ -41,11 +41,11 @@ check_exit "unknown model" 2 "--model;70m;tiny" "${small[@]}" --model 70m
 check_exit "a folder without config.json" 2 "config.json" "${small[@]}" --model data
 check_exit "heads that do not divide" 2 "heads" "${small[@]}" --heads 3
 check_exit "width that FP4 groups do not divide" 2 "32" "${small[@]}" --ffn 100 --channels 64
-check_exit "width that MXFP8 groups do not divide" 2 "--saved-fp8 ffn;--ffn;96 and 128" "${small[@]}" --recipe bf16 \
-    --ffn 100 --channels 64 --saved-fp8 ffn
-check_exit "channels that MXFP8 groups do not divide" 2 "--saved-fp8 all;--channels;32 and 64" "${small[@]}" --recipe bf16 \
-    --channels 48 --heads 3 --saved-fp8 all
-check_exit "no such --saved-fp8" 2 "--saved-fp8 is 'fp8', but must be one of none|ffn|all" "${small[@]}" --saved-fp8 fp8
+check_exit "width that MXINT8 groups do not divide" 2 "--saved-int8 ffn;--ffn;96 and 128" "${small[@]}" --recipe bf16 \
+    --ffn 100 --channels 64 --saved-int8 ffn
+check_exit "channels that MXINT8 groups do not divide" 2 "--saved-int8 all;--channels;32 and 64" "${small[@]}" --recipe bf16 \
+    --channels 48 --heads 3 --saved-int8 all
+check_exit "no such --saved-int8" 2 "--saved-int8 is 'fp8', but must be one of none|ffn|all" "${small[@]}" --saved-int8 fp8
 check_exit "indivisible --batch-tokens" 2 "--batch-tokens 250;224 and 256" "${small[@]}" --batch-tokens 250
 check_exit "indivisible --batch-size" 2 "--batch-size 3;these fit: 1, 2, 4, 8" "${small[@]}" --batch-size 3
 check_exit "--device cuda" 69 "--device cuda" "${small[@]}" --device cuda
@@ -74,12 +74,12 @@ check_exit "--print-config output is read back" 0 "" --config given.cfg --print-
 check "and gives the same values" diff <(values given.cfg) <(values out.txt)
 check_exit "--plan" 0 "" --plan --model 7b --seq-len 128
 for case in "ffn norm" "all ffn"; do
-    train --plan --model 30m --saved-fp8 "${case% *}" --recompute "${case#* }" --batch-size 4 >out.txt
-    check "--plan says where --saved-fp8 ${case% *} has an effect" grep -q -- "--saved-fp8 ${case% *}, --adam" out.txt
+    train --plan --model 30m --saved-int8 "${case% *}" --recompute "${case#* }" --batch-size 4 >out.txt
+    check "--plan says where --saved-int8 ${case% *} has an effect" grep -q -- "--saved-int8 ${case% *}, --adam" out.txt
 done
 for case in "ffn ffn" "all block"; do
-    train --plan --model 30m --saved-fp8 "${case% *}" --recompute "${case#* }" --batch-size 4 >out.txt
-    check "and where ${case% *} has none" grep -q -- "--saved-fp8 ${case% *} (of no effect), --adam" out.txt
+    train --plan --model 30m --saved-int8 "${case% *}" --recompute "${case#* }" --batch-size 4 >out.txt
+    check "and where ${case% *} has none" grep -q -- "--saved-int8 ${case% *} (of no effect), --adam" out.txt
 done
 check_exit "--help" 0 "" --help
 check "--help names every option of --print-config" awk 'NR == FNR { help = help $0; next }
@@ -199,8 +199,8 @@ cp -r run quieter
 check_exit "another --lr is allowed" 0 "" "${SMALL[@]}" --steps 9 --out quieter --lr 1e-3
 check "and reported" grep -q -- "--lr was 0.004, is now 0.001" out.txt
 cp -r run eighth
-check_exit "another --saved-fp8 is allowed" 0 "" "${SMALL[@]}" --steps 9 --out eighth --saved-fp8 all
-check "and reported" grep -q -- "--saved-fp8 was none, is now all" out.txt
+check_exit "another --saved-int8 is allowed" 0 "" "${SMALL[@]}" --steps 9 --out eighth --saved-int8 all
+check "and reported" grep -q -- "--saved-int8 was none, is now all" out.txt
 
 # back to an earlier step with other options: either refused, or what is saved is what was trained
 train "${SMALL[@]}" --steps 6 --out elsewhere --resume run/step_00000002 --lr 1e-3 --save-every 2 --keep 9 >/dev/null

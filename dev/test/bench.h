@@ -25,7 +25,7 @@ static void called_unrotate(RealArray x, const uint32_t* mask, const float* row_
     called[CALLED_UNROTATE]++;
     CPU_OPS.unrotate(x, mask, row_scale, rows, cols);
 }
-static void called_swiglu(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up, int BT,
+static void called_swiglu(const QuantizeArgs* args, floatX* scratch, Mxint8 kept, const floatX* gate_up, int BT,
                           int F) {
     called[CALLED_SWIGLU]++;
     CPU_OPS.swiglu_quantize(args, scratch, kept, gate_up, BT, F);
@@ -36,7 +36,7 @@ static void called_rmsnorm(const QuantizeArgs* args, floatX* scratch, floatX* su
     CPU_OPS.rmsnorm_quantize(args, scratch, sum, rstd, a, b, weight, BT, C, eps);
 }
 static void called_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                   const floatX* inp, Mxfp8 kept, int BT, int F) {
+                                   const floatX* inp, Mxint8 kept, int BT, int F) {
     called[CALLED_SWIGLU_BACKWARD]++;
     CPU_OPS.unrotate_swiglu_backward(dinp, dact, mask, row_scale, inp, kept, BT, F);
 }

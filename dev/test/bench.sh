@@ -26,7 +26,7 @@ def expected(recipe, blocks, dense_first, recompute, saved):
     quartet, rows = recipe == "quartet", {}
     made = 0.5 + 1 / 32 if quartet else 1.0                # an operand of backward, or what is read of a saved one
     kept = made + (MASK if quartet else 0.0)               # x and w
-    forward, backward = (33 / 16, 33 / 16) if saved else (0, 2 * FLOAT)   # MXFP8 of gate and up that SwiGLU writes; reads
+    forward, backward = (33 / 16, 33 / 16) if saved else (0, 2 * FLOAT)   # MXINT8 of gate and up that SwiGLU writes; reads
     again = blocks - 1 if recompute == "block" else 0      # all but the last one
     added = blocks if dense_first else blocks - 1          # entered behind another block
     for kind, (C, OC) in SHAPES.items():
@@ -134,9 +134,9 @@ floats=4
 train --version | grep -q BF16 && floats=2
 bench_rows() { python3 bench.py $floats "$@"; }
 
-# bench NAME ROWS-OF BLOCKS DENSE-FIRST RECOMPUTE SAVED-FP8 ARGUMENTS...: --bench runs, its output is in NAME.txt and agrees
+# bench NAME ROWS-OF BLOCKS DENSE-FIRST RECOMPUTE SAVED-INT8 ARGUMENTS...: --bench runs, its output is in NAME.txt and agrees
 bench() {
-    check_exit "$1" 0 "" --bench "${MODEL[@]}" --batch-tokens 256 --device cpu --saved-fp8 "$6" "${@:7}"
+    check_exit "$1" 0 "" --bench "${MODEL[@]}" --batch-tokens 256 --device cpu --saved-int8 "$6" "${@:7}"
     cp out.txt "$1.txt"
     check "$1: rows and sums" bench_rows "$1.txt" "${@:2:5}"
 }
@@ -148,8 +148,8 @@ bench dense-block quartet 1 1 none none --recipe quartet --bf16-layers first:1
 check "the dense block is not the one that is timed" grep -q '^linears *block 1, as are 1 of 2 blocks' dense-block.txt
 bench all-dense bf16 2 0 none none --recipe quartet --bf16-layers first:2
 bench saved quartet 2 0 none all --recipe quartet
-check "what is kept as MXFP8 is packed and unpacked" test "$(grep -c '^\(pack as\|unpack\) MXFP8 .* 2 ' saved.txt)" = 2
-check_fails "and else is not" grep -q '^\(pack as\|unpack\) MXFP8' quartet.txt
+check "what is kept as MXINT8 is packed and unpacked" test "$(grep -c '^\(pack as\|unpack\) MXINT8 .* 2 ' saved.txt)" = 2
+check_fails "and else is not" grep -q '^\(pack as\|unpack\) MXINT8' quartet.txt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the checks see an error
@@ -160,7 +160,7 @@ planted() {
     cmp -s quartet.txt planted.txt && { fail "planted: $1" "nothing was changed"; return; }
     check_fails "planted: $1" bench_rows planted.txt quartet 2 0 none none
 }
-check_fails "planted: rows of MXFP8" bench_rows saved.txt quartet 2 0 none none
+check_fails "planted: rows of MXINT8" bench_rows saved.txt quartet 2 0 none none
 planted "a row is missing" '/quantize xt$/{0,/quantize xt$/d}'
 planted "another time" '/^op     down.*GEMM dW$/s/^\(.\{25\} *[0-9]*  *\)[0-9]/\17/'
 planted "other bytes" '/^op     o .*quantize dy$/s/ \([0-9.]*\) MB/ 1\1 MB/'

@@ -359,11 +359,11 @@ static void cuda_test_swiglu(int BT, int F, double scale) {
     Output out = output_make(NULL, n * X_BYTES), dx = output_make(NULL, 2 * n * X_BYTES);
     const floatX *inp = (const floatX*)upload(x, 2 * n * X_BYTES), *dy = (const floatX*)upload(dout, n * X_BYTES);
     for (int run = 0; run < 2; run++) {
-        CUDA_OPS.swiglu_forward(output_x(&out, run), MXFP8_NONE, inp, BT, F);
-        CUDA_OPS.swiglu_backward(output_x(&dx, run), dy, inp, MXFP8_NONE, BT, F);
+        CUDA_OPS.swiglu_forward(output_x(&out, run), MXINT8_NONE, inp, BT, F);
+        CUDA_OPS.swiglu_backward(output_x(&dx, run), dy, inp, MXINT8_NONE, BT, F);
     }
-    CPU_OPS.swiglu_forward(want, MXFP8_NONE, x, BT, F);
-    CPU_OPS.swiglu_backward(want_dx, dout, x, MXFP8_NONE, BT, F);
+    CPU_OPS.swiglu_forward(want, MXINT8_NONE, x, BT, F);
+    CPU_OPS.swiglu_backward(want_dx, dout, x, MXINT8_NONE, BT, F);
     for (size_t i = 0; i < n; i++) {
         size_t at = i / F * 2 * F + i % F;
         double g = floatX_to_f32(x[at]), u = floatX_to_f32(x[at + F]), d = floatX_to_f32(dout[i]);
@@ -380,31 +380,31 @@ static void cuda_test_swiglu(int BT, int F, double scale) {
     test_free(x, dout, want, want_dx, error, error_dx);
 }
 
-// gate_up kept as MXFP8: the CPU's bits, and the gradient of its values, which are exact in floatX here
+// gate_up kept as MXINT8: the CPU's bits, and the gradient of its values, which are exact in floatX here
 static void cuda_test_swiglu_kept(int BT, int F, double scale) {
-    const char* what = label("swiglu %d x %d that keeps MXFP8, scale %g", BT, F, scale);
-    size_t n = (size_t)BT * F, bytes = mxfp8_bytes((size_t)BT, 2 * (size_t)F);
+    const char* what = label("swiglu %d x %d that keeps MXINT8, scale %g", BT, F, scale);
+    size_t n = (size_t)BT * F, bytes = mxint8_bytes((size_t)BT, 2 * (size_t)F);
     floatX *x = test_tensor(2 * n, 1, scale), *dout = test_tensor(n, 2, 1.0), *y = test_tensor(n, 3, 1.0);
     for (size_t i = 0; i < 2 * n; i++) {  // groups of all sizes
         x[i] = f32_to_floatX(ldexpf(floatX_to_f32(x[i]), -(int)(i / GROUP % 40)));
     }
     void* want = malloc_or_die(bytes, "test");
-    Mxfp8 host = mxfp8_at((size_t)BT, 2 * (size_t)F, want);
+    Mxint8 host = mxint8_at((size_t)BT, 2 * (size_t)F, want);
     Output out = output_make(NULL, n * X_BYTES), plain = output_make(NULL, n * X_BYTES);
     Output kept = output_make(NULL, bytes), dx = output_make(NULL, 2 * n * X_BYTES);
     Output dx_values = output_make(NULL, 2 * n * X_BYTES);
     const floatX *inp = (const floatX*)upload(x, 2 * n * X_BYTES), *dy = (const floatX*)upload(dout, n * X_BYTES);
     CPU_OPS.swiglu_forward(y, host, x, BT, F);
     for (size_t i = 0; i < 2 * n; i++) {
-        x[i] = f32_to_floatX(mxfp8_decode(host.codes[i], host.scales[i / GROUP]));
+        x[i] = f32_to_floatX(mxint8_decode(host.codes[i], host.scales[i / GROUP]));
     }
     const floatX* values = (const floatX*)upload(x, 2 * n * X_BYTES);
     for (int run = 0; run < 2; run++) {
-        Mxfp8 device = mxfp8_at((size_t)BT, 2 * (size_t)F, kept.at[run]);
-        CUDA_OPS.swiglu_forward(output_x(&plain, run), MXFP8_NONE, inp, BT, F);
+        Mxint8 device = mxint8_at((size_t)BT, 2 * (size_t)F, kept.at[run]);
+        CUDA_OPS.swiglu_forward(output_x(&plain, run), MXINT8_NONE, inp, BT, F);
         CUDA_OPS.swiglu_forward(output_x(&out, run), device, inp, BT, F);
         CUDA_OPS.swiglu_backward(output_x(&dx, run), dy, NULL, device, BT, F);
-        CUDA_OPS.swiglu_backward(output_x(&dx_values, run), dy, values, MXFP8_NONE, BT, F);
+        CUDA_OPS.swiglu_backward(output_x(&dx_values, run), dy, values, MXINT8_NONE, BT, F);
     }
     output_same(&kept, want, what);
     char *y_plain = (char*)output_take(&plain, what), *dx_plain = (char*)output_take(&dx_values, what);

@@ -13,10 +13,10 @@ static void* device_copy(const void* host, size_t bytes) {
     return device;
 }
 
-// MXFP8 is packed to the CPU's bits and unpacked to its values, faults and zeros among them
-static void cuda_test_mxfp8(int rows, int cols) {
-    const char* what = label("MXFP8 of %d x %d", rows, cols);
-    size_t n = (size_t)rows * cols, bytes = mxfp8_bytes((size_t)rows, (size_t)cols), wrong = 0;
+// MXINT8 is packed to the CPU's bits and unpacked to its values, faults and zeros among them
+static void cuda_test_mxint8(int rows, int cols) {
+    const char* what = label("MXINT8 of %d x %d", rows, cols);
+    size_t n = (size_t)rows * cols, bytes = mxint8_bytes((size_t)rows, (size_t)cols), wrong = 0;
     floatX *x = test_tensor(n, 21, 4.0), *values = test_tensor(n, 22, 1.0);
     for (size_t i = 0; i < n; i++) {  // groups of all sizes
         size_t group = i / GROUP;
@@ -25,15 +25,15 @@ static void cuda_test_mxfp8(int rows, int cols) {
         x[i] = f32_to_floatX(v);
     }
     void* want = malloc_or_die(bytes, "test");
-    Mxfp8 host = mxfp8_at((size_t)rows, (size_t)cols, want);
-    CPU_OPS.mxfp8_pack(host, x, rows, cols);
-    CPU_OPS.mxfp8_unpack(values, host, rows, cols);
+    Mxint8 host = mxint8_at((size_t)rows, (size_t)cols, want);
+    CPU_OPS.mxint8_pack(host, x, rows, cols);
+    CPU_OPS.mxint8_unpack(values, host, rows, cols);
     const floatX* source = (const floatX*)upload(x, n * X_BYTES);
     Output packed = output_make(NULL, bytes), out = output_make(NULL, n * X_BYTES);
     for (int run = 0; run < 2; run++) {
-        Mxfp8 device = mxfp8_at((size_t)rows, (size_t)cols, packed.at[run]);
-        CUDA_OPS.mxfp8_pack(device, source, rows, cols);
-        CUDA_OPS.mxfp8_unpack(output_x(&out, run), device, rows, cols);
+        Mxint8 device = mxint8_at((size_t)rows, (size_t)cols, packed.at[run]);
+        CUDA_OPS.mxint8_pack(device, source, rows, cols);
+        CUDA_OPS.mxint8_unpack(output_x(&out, run), device, rows, cols);
     }
     output_same(&packed, want, what);
     floatX* got = (floatX*)output_take(&out, what);
@@ -131,7 +131,7 @@ static void test_cuda_fp8(void) {
     // less than a warp's 1024 elements, as many, more; blocks that are not full
     const int packs[][2] = {{1, 32}, {3, 32}, {31, 32}, {32, 32}, {33, 96}, {7, 4096}, {1000, 1056}, {5, 11008}, {2048, 4096}};
     for (int i = 0; i < 9; i++) {
-        cuda_test_mxfp8(packs[i][0], packs[i][1]);
+        cuda_test_mxint8(packs[i][0], packs[i][1]);
     }
     QuantSpec spec = recipe_find("fp8")->x;
     if (!CUDA_OPS.quantize_supports(&spec)) {

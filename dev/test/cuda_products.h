@@ -263,8 +263,8 @@ static void cuda_test_nan_layers(const floatX* x, const floatX* clean, size_t i,
         CUDA_OPS.rmsnorm_backward(output_x(&y[4], run), output_real(&sums, run, REAL_F32), clean, NULL, x, clean, rstd,
                                   BT, C);
         CUDA_OPS.add(output_x(&y[5], run), clean, x, n);
-        CUDA_OPS.swiglu_forward(output_x(&y[6], run), MXFP8_NONE, x, BT, C / 2);
-        CUDA_OPS.swiglu_backward(output_x(&y[7], run), clean, x, MXFP8_NONE, BT, C / 2);
+        CUDA_OPS.swiglu_forward(output_x(&y[6], run), MXINT8_NONE, x, BT, C / 2);
+        CUDA_OPS.swiglu_backward(output_x(&y[7], run), clean, x, MXINT8_NONE, BT, C / 2);
     }
     const char* names[] = {"embedding", "rmsnorm", "add_rmsnorm's sum", "add_rmsnorm", "rmsnorm backward", "add",
                            "swiglu", "swiglu backward"};

@@ -273,16 +273,16 @@ static void quant_test_recompute(const QuantReference* r) {
     quant_run_free(&want);
 }
 
-// what backward reads as MXFP8: the loss is exact, gradients are near and, where nothing of it is kept, exact
-static void quant_test_saved(const QuantReference* r, SavedFp8 choice) {
+// what backward reads as MXINT8: the loss is exact, gradients are near and, where nothing of it is kept, exact
+static void quant_test_saved(const QuantReference* r, SavedInt8 choice) {
     QuantRun runs[RECOMPUTE_LEVELS + 1];
-    int exact_from = choice == SAVED_FP8_FFN ? RECOMPUTE_FFN : RECOMPUTE_BLOCK;
+    int exact_from = choice == SAVED_INT8_FFN ? RECOMPUTE_FFN : RECOMPUTE_BLOCK;
     size_t bytes = r->model.table.elements * sizeof(float);
     for (int i = 0; i <= RECOMPUTE_LEVELS; i++) {  // the last one exact
         Model model;
         TrainingMemory training = MEMORY_EXACT;
         training.recompute = (Recompute)(i % RECOMPUTE_LEVELS);
-        training.saved_fp8 = i < RECOMPUTE_LEVELS ? choice : SAVED_FP8_NONE;
+        training.saved_int8 = i < RECOMPUTE_LEVELS ? choice : SAVED_INT8_NONE;
         model_prepare(&model, &CUDA_OPS, &r->model.config, recipe_find("quartet"), training, MODEL_B, MODEL_T);
         model.linear.option_rounding = r->rounding;
         model.linear.seed = 4321;
@@ -294,16 +294,16 @@ static void quant_test_saved(const QuantReference* r, SavedFp8 choice) {
     const QuantRun* exact = &runs[RECOMPUTE_LEVELS];
     for (int i = 0; i < RECOMPUTE_LEVELS; i++) {
         int same = !memcmp(runs[i].grads, exact->grads, bytes);
-        const char* what = label("HS %d, carrier %s, --recompute %s, --saved-fp8 %s", r->model.config.HS,
-                                 gpu.carrier->name, RECOMPUTE_NAMES[i], SAVED_FP8_NAMES[choice]);
+        const char* what = label("HS %d, carrier %s, --recompute %s, --saved-int8 %s", r->model.config.HS,
+                                 gpu.carrier->name, RECOMPUTE_NAMES[i], SAVED_INT8_NAMES[choice]);
         expect(same == (i >= exact_from) && !memcmp(runs[i].losses, exact->losses, QUANT_TOKENS * sizeof(float)),
                "%s: %s gradients, or other losses", what, same ? "the same" : "other");
         expect(relative_distance(runs[i].grads, exact->grads, r->model.table.elements, 1.0) < 0.25,
                "%s: far gradients", what);
     }
     int agree = !memcmp(runs[0].grads, runs[1].grads, bytes);
-    expect(agree == (choice == SAVED_FP8_FFN), "HS %d, --saved-fp8 %s: levels none and norm", r->model.config.HS,
-           SAVED_FP8_NAMES[choice]);
+    expect(agree == (choice == SAVED_INT8_FFN), "HS %d, --saved-int8 %s: levels none and norm", r->model.config.HS,
+           SAVED_INT8_NAMES[choice]);
     for (int i = 0; i <= RECOMPUTE_LEVELS; i++) {
         quant_run_free(&runs[i]);
     }
@@ -460,8 +460,8 @@ static void cuda_test_quant_model(QuantReference* r) {
     quant_model_gpu(&twin, r, RECOMPUTE_NONE);
     quant_test_gradients(&model, r);
     quant_test_recompute(r);
-    quant_test_saved(r, SAVED_FP8_FFN);
-    quant_test_saved(r, SAVED_FP8_ALL);
+    quant_test_saved(r, SAVED_INT8_FFN);
+    quant_test_saved(r, SAVED_INT8_ALL);
     quant_test_replay(r);
     quant_test_curve(&model, &twin, r);
     quant_test_generate(&model);

@@ -155,7 +155,7 @@ static Model memory_model(const char* recipe, Recompute recompute, int lean, int
                      .max_positions = 32, .rope_theta = 10000.0, .rms_eps = 1e-5, .rope_factor = 0, .rope_low = 1,
                      .rope_high = 4, .rope_original = 16};
     TrainingMemory training = {recompute, lean ? REAL_FLOATX : REAL_F32, lean ? REAL_FLOATX : REAL_F32, !lean,
-                               dense_first, dense_last, 0, 1, SAVED_FP8_NONE};
+                               dense_first, dense_last, 0, 1, SAVED_INT8_NONE};
     Model model;
     model_prepare(&model, &CPU_OPS, &m, recipe_find(recipe), training, 2, 32);
     model.linear.option_rounding = ROUND_STOCHASTIC;
@@ -214,7 +214,7 @@ static void test_recompute(const char* recipe, int dense) {
 
 // What one more block of a model keeps: of the quantizing recipes less than of bf16, and the same where the packed
 // operands are made again.
-static size_t memory_block_bytes(const char* recipe, Recompute level, SavedFp8 saved_fp8) {
+static size_t memory_block_bytes(const char* recipe, Recompute level, SavedInt8 saved_int8) {
     size_t bytes[2];
     for (int k = 0; k < 2; k++) {
         Model small = memory_model("bf16", RECOMPUTE_BLOCK, 0, 0, 0), model;
@@ -222,7 +222,7 @@ static size_t memory_block_bytes(const char* recipe, Recompute level, SavedFp8 s
         m.L = 2 + k;
         TrainingMemory training = MEMORY_EXACT;
         training.recompute = level;
-        training.saved_fp8 = saved_fp8;
+        training.saved_int8 = saved_int8;
         model_prepare(&model, &CPU_OPS, &m, recipe_find(recipe), training, 2, 32);
         bytes[k] = model.memory_bytes[MEMORY_ACTIVATIONS];
         model_free_tables(&model);
@@ -234,9 +234,9 @@ static size_t memory_block_bytes(const char* recipe, Recompute level, SavedFp8 s
 static void test_block_bytes(void) {
     const char* const recipes[] = {"quartet", "fp8"};
     for (int level = 0; level < RECOMPUTE_LEVELS; level++) {
-        size_t dense = memory_block_bytes("bf16", (Recompute)level, SAVED_FP8_NONE);
+        size_t dense = memory_block_bytes("bf16", (Recompute)level, SAVED_INT8_NONE);
         for (int k = 0; k < 2; k++) {
-            size_t bytes = memory_block_bytes(recipes[k], (Recompute)level, SAVED_FP8_NONE);
+            size_t bytes = memory_block_bytes(recipes[k], (Recompute)level, SAVED_INT8_NONE);
             expect(level == RECOMPUTE_NONE ? bytes < dense : bytes == dense,
                    "--recompute %s: a %s block keeps %zu bytes, a bf16 one %zu", RECOMPUTE_NAMES[level], recipes[k],
                    bytes, dense);

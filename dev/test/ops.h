@@ -228,8 +228,8 @@ static void test_ops_swiglu(int BT, int F, double scale) {
     floatX *x = test_tensor(2 * n, 1, scale), *dy = test_tensor(n, 2, 1.0), *y = test_tensor(n, 3, 1.0),
         *dx = test_tensor(2 * n, 4, 1.0);
     double *inp = test_double(x, 2 * n), *dout = test_double(dy, n), *want = test_zeros(n), *dinp = test_zeros(2 * n);
-    CPU_OPS.swiglu_forward(y, MXFP8_NONE, x, BT, F);
-    CPU_OPS.swiglu_backward(dx, dy, x, MXFP8_NONE, BT, F);
+    CPU_OPS.swiglu_forward(y, MXINT8_NONE, x, BT, F);
+    CPU_OPS.swiglu_backward(dx, dy, x, MXINT8_NONE, BT, F);
     swiglu_f64(want, inp, &s);
     Near near = near_floatX(y, n), back = near_floatX(dx, 2 * n);
     // exp within 2 units in the last place is 4 roundings, and exp, 1 + exp, a quotient, products follow
@@ -392,9 +392,9 @@ static void test_ops_nan(void) {
         stats[0] = stats[1] = stats[2] = stats[3] = 1.0f;
         CPU_OPS.attention_backward(y, x, clean, clean, stats, s);
         expect(i >= (size_t)BT * 16 || has_nan(y, (size_t)BT * 48), "attention backward loses a NaN");
-        CPU_OPS.swiglu_forward(y, MXFP8_NONE, x, BT, C / 2);
+        CPU_OPS.swiglu_forward(y, MXINT8_NONE, x, BT, C / 2);
         expect(has_nan(y + row * C / 2, C / 2), "swiglu loses a NaN");
-        CPU_OPS.swiglu_backward(y, clean, x, MXFP8_NONE, BT, C / 2);
+        CPU_OPS.swiglu_backward(y, clean, x, MXINT8_NONE, BT, C / 2);
         expect(has_nan(y + row * C, C), "swiglu backward loses a NaN");
         memcpy(y, x, n * sizeof(floatX));
         CPU_OPS.crossentropy(sums, y, tokens, BT, C, 1.0f, 1);

@@ -8,7 +8,7 @@ source "$(dirname "$0")/lib.sh"
 make_shards data
 STEPS=24
 
-for variant in "bf16" "quartet --bwd-rounding rtn" "quartet --bwd-rounding sr" "quartet --saved-fp8 all"; do
+for variant in "bf16" "quartet --bwd-rounding rtn" "quartet --bwd-rounding sr" "quartet --saved-int8 all"; do
     read -r -a recipe <<<"--recipe $variant"
     name="${variant/--bwd-rounding /}"; name=${name// /-}
     run=("${SMALL[@]}" "${recipe[@]}" --steps $STEPS --warmup-steps 6 --batch-size 4)

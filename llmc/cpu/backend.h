@@ -86,7 +86,7 @@ static void cpu_identify(char* buffer, size_t) { buffer[0] = 0; }
 // ---------------------------------------------------------------------------------------------------------------------
 // the compositions
 
-static void cpu_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up, int BT,
+static void cpu_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxint8 kept, const floatX* gate_up, int BT,
                                 int F) {
     QuantizeArgs of_scratch = *args;
     of_scratch.tensor = scratch;
@@ -107,7 +107,7 @@ static void cpu_rmsnorm_quantize(const QuantizeArgs* args, floatX* scratch, floa
 }
 
 static void cpu_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                         const floatX* inp, Mxfp8 kept, int BT, int F) {
+                                         const floatX* inp, Mxint8 kept, int BT, int F) {
     cpu_unrotate(real_floatX(dact), mask, row_scale, BT, F);
     cpu_swiglu_backward(dinp, dact, inp, kept, BT, F);
 }
@@ -158,8 +158,8 @@ static const Ops CPU_OPS = {
     .attention_cached = cpu_attention_cached,
     .swiglu_forward = cpu_swiglu_forward,
     .swiglu_backward = cpu_swiglu_backward,
-    .mxfp8_pack = cpu_mxfp8_pack,
-    .mxfp8_unpack = cpu_mxfp8_unpack,
+    .mxint8_pack = cpu_mxint8_pack,
+    .mxint8_unpack = cpu_mxint8_unpack,
     .crossentropy = cpu_crossentropy,
     .quantize = cpu_quantize,
     .carry = cpu_carry,

@@ -191,7 +191,7 @@ static void cpu_rope(floatX* qkv, const float* table, AttentionShape s, int firs
     }
 }
 
-static void cpu_mxfp8_pack(Mxfp8 out, const floatX* x, int rows, int cols) {
+static void cpu_mxint8_pack(Mxint8 out, const floatX* x, int rows, int cols) {
     int64_t groups = (int64_t)rows * (cols / GROUP);
 #pragma omp parallel for schedule(static)
     for (int64_t group = 0; group < groups; group++) {
@@ -202,17 +202,17 @@ static void cpu_mxfp8_pack(Mxfp8 out, const floatX* x, int rows, int cols) {
             uint32_t bits = f32_bits(floatX_to_f32(from[k])) & 0x7fffffffu;
             largest = bits > largest ? bits : largest;
         }
-        uint32_t scale = mxfp8_scale(largest);
-        float inverse = ue8m0_inverse(scale);
+        uint32_t scale = mxint8_scale(largest);
+        float inverse = mxint8_inverse_step(scale);
 #pragma omp simd
         for (int k = 0; k < GROUP; k++) {
-            codes[k] = scale == UE8M0_NAN ? 0x7f : f32_to_e4m3(floatX_to_f32(from[k]) * inverse);
+            codes[k] = f32_to_int8(floatX_to_f32(from[k]) * inverse);
         }
         out.scales[group] = (uint8_t)scale;
     }
 }
 
-static void cpu_mxfp8_unpack(floatX* out, Mxfp8 packed, int rows, int cols) {
+static void cpu_mxint8_unpack(floatX* out, Mxint8 packed, int rows, int cols) {
     int64_t groups = (int64_t)rows * (cols / GROUP);
 #pragma omp parallel for schedule(static)
     for (int64_t group = 0; group < groups; group++) {
@@ -221,14 +221,14 @@ static void cpu_mxfp8_unpack(floatX* out, Mxfp8 packed, int rows, int cols) {
         floatX* to = out + group * GROUP;
 #pragma omp simd
         for (int k = 0; k < GROUP; k++) {
-            to[k] = f32_to_floatX(mxfp8_decode(codes[k], scale));
+            to[k] = f32_to_floatX(mxint8_decode(codes[k], scale));
         }
     }
 }
 
-static void cpu_swiglu_forward(floatX* out, Mxfp8 kept, const floatX* inp, int BT, int F) {
+static void cpu_swiglu_forward(floatX* out, Mxint8 kept, const floatX* inp, int BT, int F) {
     if (kept.codes) {
-        cpu_mxfp8_pack(kept, inp, BT, 2 * F);
+        cpu_mxint8_pack(kept, inp, BT, 2 * F);
     }
 #pragma omp parallel for schedule(static)
     for (int t = 0; t < BT; t++) {
@@ -243,12 +243,12 @@ static void cpu_swiglu_forward(floatX* out, Mxfp8 kept, const floatX* inp, int B
 }
 
 // v = n neighbouring elements from the one at `first` on, of kept's groups where there is one
-static inline void swiglu_load(float* v, const floatX* inp, Mxfp8 kept, size_t first, int n) {
+static inline void swiglu_load(float* v, const floatX* inp, Mxint8 kept, size_t first, int n) {
     if (kept.codes) {
         uint32_t scale = kept.scales[first / GROUP];
 #pragma omp simd
         for (int k = 0; k < n; k++) {
-            v[k] = mxfp8_decode(kept.codes[first + (size_t)k], scale);
+            v[k] = mxint8_decode(kept.codes[first + (size_t)k], scale);
         }
         return;
     }
@@ -259,7 +259,7 @@ static inline void swiglu_load(float* v, const floatX* inp, Mxfp8 kept, size_t f
 }
 
 // silu'(g) = s (1 + g (1 - s)), s = sigmoid(g)
-static void cpu_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, int BT, int F) {
+static void cpu_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, Mxint8 kept, int BT, int F) {
 #pragma omp parallel for schedule(static)
     for (int t = 0; t < BT; t++) {
         for (int begin = 0; begin < F; begin += GROUP) {

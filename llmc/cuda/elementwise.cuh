@@ -1,6 +1,6 @@
 // cuda/elementwise.cuh: residual add, RoPE, SwiGLU. Bound by memory: 16 bytes a thread and load, each byte moved once.
 #pragma once
-#include "mxfp8.cuh"
+#include "mxint8.cuh"
 
 #define ELEMENT_THREADS 256
 
@@ -70,7 +70,7 @@ static void cuda_rope(floatX* qkv, const float* table, AttentionShape s, int fir
 
 // KEEP: inp also goes to kept; N is VEC then, F a multiple of GROUP
 template <int N, int KEEP>
-__global__ void swiglu_forward_kernel(floatX* out, Mxfp8 kept, const floatX* inp, size_t BT, int F) {
+__global__ void swiglu_forward_kernel(floatX* out, Mxint8 kept, const floatX* inp, size_t BT, int F) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
     int valid = i < BT * F;
     if (!KEEP && !valid) {
@@ -93,13 +93,13 @@ __global__ void swiglu_forward_kernel(floatX* out, Mxfp8 kept, const floatX* inp
     }
 }
 
-static void kept_check(Mxfp8 kept, int F) {
+static void kept_check(Mxint8 kept, int F) {
     check(kept.codes == NULL || (F % GROUP == 0 && (uintptr_t)kept.codes % VEC == 0),
-          "internal: no MXFP8 of rows of 2 x %d at %p", F, (void*)kept.codes);
+          "internal: no MXINT8 of rows of 2 x %d at %p", F, (void*)kept.codes);
 }
 
 // out (BT, F) = silu(gate) * up, inp (BT, 2F); kept (BT, 2F) = inp where there is one
-static void cuda_swiglu_forward(floatX* out, Mxfp8 kept, const floatX* inp, int BT, int F) {
+static void cuda_swiglu_forward(floatX* out, Mxint8 kept, const floatX* inp, int BT, int F) {
     size_t n = (size_t)BT * F;
     int blocks = element_blocks(F % VEC == 0 ? n / VEC : n);
     kept_check(kept, F);
@@ -115,7 +115,7 @@ static void cuda_swiglu_forward(floatX* out, Mxfp8 kept, const floatX* inp, int 
 
 // KEPT: of kept instead of inp, N as above
 template <int N, int KEPT>
-__global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, size_t BT,
+__global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, Mxint8 kept, size_t BT,
                                        int F) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
     if (i >= BT * F) {
@@ -142,7 +142,7 @@ __global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const f
 }
 
 // dinp (BT, 2F) = gradient at inp or, where there is one, at kept's values
-static void cuda_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, Mxfp8 kept, int BT, int F) {
+static void cuda_swiglu_backward(floatX* dinp, const floatX* dout, const floatX* inp, Mxint8 kept, int BT, int F) {
     size_t n = (size_t)BT * F;
     int blocks = element_blocks(F % VEC == 0 ? n / VEC : n);
     kept_check(kept, F);

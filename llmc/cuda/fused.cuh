@@ -5,7 +5,7 @@
 //
 //   bytes an element, fp8 carrier, codes kept     fused                        composition
 //   swiglu_quantize                               4 + 0.66 + 1     = 5.66      4 + 2 + 3.66     = 9.66
-//   the same with gate_up kept as MXFP8           7.72                         11.72
+//   the same with gate_up kept as MXINT8           7.72                         11.72
 //   rmsnorm_quantize, with the add                6 + 0.66 + 1     = 7.66      6 + 2 + 3.66     = 11.66
 //   rmsnorm_quantize                              2 + 0.66 + 1     = 3.66      2 + 2 + 3.66     = 7.66
 //
@@ -27,7 +27,7 @@ static void quantize_of_scratch(const QuantizeArgs* args, const floatX* scratch)
     cuda_quantize(&of_scratch);
 }
 
-static void unfused_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up,
+static void unfused_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxint8 kept, const floatX* gate_up,
                                     int BT, int F) {
     cuda_swiglu_forward(scratch, kept, gate_up, BT, F);
     quantize_of_scratch(args, scratch);
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 3) swiglu_quantize_kernel(const
 
 // args->out (BT, F) = quantize(swiglu_forward(gate_up (BT, 2F))), kept (BT, 2F) = gate_up where there is one;
 // args->tensor is not read, scratch (BT, F) may stay as it was. Asynchronous, as cuda_quantize.
-static void cuda_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up, int BT,
+static void cuda_swiglu_quantize(const QuantizeArgs* args, floatX* scratch, Mxint8 kept, const floatX* gate_up, int BT,
                                  int F) {
     if (!fused_can(args) || (uint64_t)BT * 2 * (uint64_t)F / VEC >> 32) {
         unfused_swiglu_quantize(args, scratch, kept, gate_up, BT, F);

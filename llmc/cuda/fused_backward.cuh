@@ -5,13 +5,13 @@
 //
 //   bytes an element                fused                              composition
 //   unrotate_swiglu_backward        2 + 0.13 + 4 + 4     = 10.1        4.1 + 10    = 14.1
-//   the same of MXFP8               2 + 0.13 + 2.06 + 4  = 8.2         4.1 + 8.1   = 12.2
+//   the same of MXINT8               2 + 0.13 + 2.06 + 4  = 8.2         4.1 + 8.1   = 12.2
 //   unrotate_rmsnorm_backward       2 + 0.13 + 4 + 2     = 8.1         4.1 + 8     = 12.1
 #pragma once
 #include "fused.cuh"
 
 static void unfused_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                             const floatX* inp, Mxfp8 kept, int BT, int F) {
+                                             const floatX* inp, Mxint8 kept, int BT, int F) {
     cuda_unrotate(real_floatX(dact), mask, row_scale, BT, F);
     cuda_swiglu_backward(dinp, dact, inp, kept, BT, F);
 }
@@ -48,7 +48,7 @@ __device__ __forceinline__ Vector vector_unrotate(const Vector& dx, uint32_t mas
 template <int KEPT>
 __global__ void __launch_bounds__(ELEMENT_THREADS, 5)
     unrotate_swiglu_backward_kernel(floatX* dinp, const floatX* dact, const uint32_t* mask, const float* row_scale,
-                                    const floatX* inp, Mxfp8 kept, uint32_t BT, uint32_t F) {
+                                    const floatX* inp, Mxint8 kept, uint32_t BT, uint32_t F) {
     uint32_t row_vectors = F / VEC, warp_lane = threadIdx.x % WARP_LANES;
     uint64_t vectors = (uint64_t)BT * row_vectors, step = (uint64_t)gridDim.x * ELEMENT_THREADS;
     uint64_t vector = (uint64_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
@@ -88,13 +88,13 @@ __global__ void __launch_bounds__(ELEMENT_THREADS, 5)
     }
 }
 
-typedef void (*SwigluBackwardKernel)(floatX*, const floatX*, const uint32_t*, const float*, const floatX*, Mxfp8,
+typedef void (*SwigluBackwardKernel)(floatX*, const floatX*, const uint32_t*, const float*, const floatX*, Mxint8,
                                      uint32_t, uint32_t);
 
 // dinp (BT, 2F) = swiglu_backward of inp or kept with dout = unrotate(dact (BT, F), mask, row_scale); dact may be
 // overwritten
 static void cuda_unrotate_swiglu_backward(floatX* dinp, floatX* dact, const uint32_t* mask, const float* row_scale,
-                                          const floatX* inp, Mxfp8 kept, int BT, int F) {
+                                          const floatX* inp, Mxint8 kept, int BT, int F) {
     size_t tiles = (size_t)ceil_div((int64_t)BT * F / VEC, ELEMENT_THREADS);
     if (mask == NULL || tiles == 0) {
         unfused_unrotate_swiglu_backward(dinp, dact, mask, row_scale, inp, kept, BT, F);

@@ -345,7 +345,7 @@ template <int STAGES> static void quantize_launch(const QuantizeArgs* args, int 
     int from_saved = args->spec.source == SOURCE_SAVED, fp8 = out->operand && out->carrier != FORMAT_FLOATX;
     QuantizeJob job = {.rotation = args->spec.rotation, .carrier = out->carrier, .check = 0,
                        .rows = (uint32_t)out->rows, .cols = (uint32_t)out->cols, .tensor = args->tensor,
-                       .kept = MXFP8_NONE,
+                       .kept = MXINT8_NONE,
                        .saved_codes = from_saved ? saved->codes : NULL,
                        .saved_scales = from_saved ? saved->scales : NULL, .codes = out->codes, .scales = out->scales,
                        .mask = out->mask, .operand = out->operand, .base = fp8 ? out->base : NULL,

@@ -156,7 +156,7 @@ static void cuda_quantize_mxfp4(const QuantizeArgs* args) {
     fp4_end(args, &source);
 }
 
-static void cuda_swiglu_quantize_mxfp4(const QuantizeArgs* args, floatX* scratch, Mxfp8 kept, const floatX* gate_up,
+static void cuda_swiglu_quantize_mxfp4(const QuantizeArgs* args, floatX* scratch, Mxint8 kept, const floatX* gate_up,
                                        int BT, int F) {
     QTensor source;
     QuantizeArgs begun = fp4_begin(args, &source);

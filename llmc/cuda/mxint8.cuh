@@ -1,4 +1,4 @@
-// cuda/mxfp8.cuh: what backward may keep as MXFP8 (quant.h), written and read by the threads that have its vectors: a
+// cuda/mxint8.cuh: what backward may keep as MXINT8 (quant.h), written and read by the threads that have its vectors: a
 // group of 32 is in PART_LANES neighbouring lanes. SwiGLU packs and reads gate_up on its way; the other tensors have
 // passes of their own here. Codes and scales are bit for bit those of cpu/layers.h.
 #pragma once
@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t vector_largest(const Vector& x) {
 #endif
 }
 
-// x times a power of two, or NaN. In bf16 as in f32 it is exact but far below what e4m3 has; and x is not widened here,
+// x times a power of two, or NaN. In bf16 as in f32 it is exact but far below half a step; and x is not widened here,
 // which the compiler would do once for all uses and keep, for which registers are short.
 __device__ __forceinline__ Vector vector_scaled(Vector x, float factor) {
 #pragma unroll
@@ -54,22 +54,28 @@ __device__ __forceinline__ Vector vector_scaled(Vector x, float factor) {
     return x;
 }
 
-// x's codes, and the scale of its group, at most 246 or NaN; all lanes of the warp, a group in neighbouring ones
+// f32_to_int8 in the lowest byte
+__device__ __forceinline__ uint32_t int8_bits(float x) {
+    return f32_bits(add_rn(fmaxf(fminf(x, 127.0f), -127.0f), 12582912.0f));
+}
+
+// x's codes, and the scale of its group; all lanes of the warp, a group in neighbouring ones
 __device__ __forceinline__ Codes vector_codes(const Vector& x, uint32_t* scale) {
-    *scale = mxfp8_scale(vector_largest(x));
-    Vector y = vector_scaled(x, f32_from_bits(*scale == UE8M0_NAN ? 0x7fc00000u : (254u - *scale) << 23));
+    *scale = mxint8_scale(vector_largest(x));
+    Vector y = vector_scaled(x, mxint8_inverse_step(*scale));
     Codes codes;
 #pragma unroll
     for (int k = 0; k < VEC; k += 4) {
-        codes.w[k / 4] = fp8_pack(reals_get(y, k), reals_get(y, k + 1), reals_get(y, k + 2), reals_get(y, k + 3),
-                                  FORMAT_E4M3);
+        uint32_t low = __byte_perm(int8_bits(reals_get(y, k)), int8_bits(reals_get(y, k + 1)), 0x0040);
+        uint32_t high = __byte_perm(int8_bits(reals_get(y, k + 2)), int8_bits(reals_get(y, k + 3)), 0x0040);
+        codes.w[k / 4] = __byte_perm(low, high, 0x5410);
     }
     return codes;
 }
 
 // vector number i of the tensor to kept, where it is valid; all lanes of the warp. The lanes' numbers modulo PART_LANES
 // are those of their vectors.
-__device__ __forceinline__ void vector_keep(Mxfp8 kept, size_t i, const Vector& x, int valid) {
+__device__ __forceinline__ void vector_keep(Mxint8 kept, size_t i, const Vector& x, int valid) {
     uint32_t scale;
     Codes codes = vector_codes(x, &scale);
     if (valid) {
@@ -80,24 +86,17 @@ __device__ __forceinline__ void vector_keep(Mxfp8 kept, size_t i, const Vector& 
     }
 }
 
-// a vector of kept; its values are f16 numbers made of the codes, times factor
-typedef struct { Codes codes; float factor; } KeptVector;
+// a vector of kept; its values are its integers times step
+typedef struct { Codes codes; float step; } KeptVector;
 
-// of a scale, at most 246 or NaN
-__device__ __forceinline__ float kept_factor(uint32_t scale) {
-    return f32_from_bits(scale == UE8M0_NAN ? 0x7fc00000u : (scale + 8) << 23);
+__device__ __forceinline__ KeptVector kept_load(Mxint8 kept, size_t i) {
+    return KeptVector{reals_load<VEC>(kept.codes + i * VEC), mxint8_step(kept.scales[i / PART_LANES])};
 }
 
-__device__ __forceinline__ KeptVector kept_load(Mxfp8 kept, size_t i) {
-    return KeptVector{reals_load<VEC>(kept.codes + i * VEC), kept_factor(kept.scales[i / PART_LANES])};
-}
-
-// f16 with the code's sign, exponent and mantissa is code * 2^-8, subnormals included
+// the integer + 128 below the exponent of 2^23 is an f32 of 2^23 + 128 more
 __device__ __forceinline__ float kept_get(const KeptVector& x, int i) {
-    uint32_t word = x.codes.w[i / 4] << (i % 2 ? 0 : 8);
-    uint32_t pair = (word & 0x80008000u) | (word >> 1 & 0x3f803f80u);  // codes i % 2 and 2 + i % 2
-    uint16_t half = (uint16_t)(i % 4 / 2 ? pair >> 16 : pair);
-    return mul_rn(__half2float(__ushort_as_half(half)), x.factor);
+    uint32_t bits = __byte_perm(x.codes.w[i / 4] ^ 0x80808080u, 0x4b000000u, 0x7540 + i % 4);
+    return mul_rn(sub_rn(f32_from_bits(bits), 8388736.0f), x.step);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ __device__ __forceinline__ size_t pack_first(void) {
     return ((size_t)blockIdx.x * PACK_THREADS + threadIdx.x) / WARP_LANES * (WARP_LANES * PART_LANES);
 }
 
-__global__ void __launch_bounds__(PACK_THREADS) mxfp8_pack_kernel(Mxfp8 out, const floatX* x, size_t vectors) {
+__global__ void __launch_bounds__(PACK_THREADS) mxint8_pack_kernel(Mxint8 out, const floatX* x, size_t vectors) {
     size_t first = pack_first(), lane = threadIdx.x % WARP_LANES, turn = lane % PART_LANES;
     Vector v[PART_LANES];
     uint32_t mine = 0;
@@ -137,10 +136,10 @@ __global__ void __launch_bounds__(PACK_THREADS) mxfp8_pack_kernel(Mxfp8 out, con
     }
 }
 
-__global__ void __launch_bounds__(PACK_THREADS) mxfp8_unpack_kernel(floatX* out, Mxfp8 packed, size_t vectors) {
+__global__ void __launch_bounds__(PACK_THREADS) mxint8_unpack_kernel(floatX* out, Mxint8 packed, size_t vectors) {
     size_t first = pack_first(), lane = threadIdx.x % WARP_LANES, group = first / PART_LANES + lane;
     Codes codes[PART_LANES];
-    float factor = kept_factor(group < vectors / PART_LANES ? packed.scales[group] : 0);
+    float step = mxint8_step(group < vectors / PART_LANES ? packed.scales[group] : UE8M0_NAN);
 #pragma unroll
     for (int k = 0; k < PART_LANES; k++) {
         size_t i = first + k * WARP_LANES + lane;
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(PACK_THREADS) mxfp8_unpack_kernel(floatX* out,
 #pragma unroll
     for (int k = 0; k < PART_LANES; k++) {
         size_t i = first + k * WARP_LANES + lane;
-        KeptVector kept = {codes[k], __shfl_sync(FULL_WARP, factor, k * PACK_GROUPS + lane / PART_LANES)};
+        KeptVector kept = {codes[k], __shfl_sync(FULL_WARP, step, k * PACK_GROUPS + lane / PART_LANES)};
         float values[VEC];
 #pragma unroll
         for (int j = 0; j < VEC; j++) {
@@ -163,21 +162,21 @@ __global__ void __launch_bounds__(PACK_THREADS) mxfp8_unpack_kernel(floatX* out,
 
 static int pack_blocks(size_t vectors) { return (int)ceil_div((int64_t)vectors, PACK_THREADS * PART_LANES); }
 
-static void pack_check(Mxfp8 packed, const floatX* x, int cols) {
+static void pack_check(Mxint8 packed, const floatX* x, int cols) {
     check(cols % GROUP == 0 && (uintptr_t)packed.codes % VEC == 0 && (uintptr_t)x % sizeof(Vector) == 0,
-          "internal: no MXFP8 of rows of %d at %p, %p", cols, (void*)packed.codes, (const void*)x);
+          "internal: no MXINT8 of rows of %d at %p, %p", cols, (void*)packed.codes, (const void*)x);
 }
 
-static void cuda_mxfp8_pack(Mxfp8 out, const floatX* x, int rows, int cols) {
+static void cuda_mxint8_pack(Mxint8 out, const floatX* x, int rows, int cols) {
     size_t vectors = (size_t)rows * cols / VEC;
     pack_check(out, x, cols);
-    mxfp8_pack_kernel<<<pack_blocks(vectors), PACK_THREADS, 0, gpu.stream>>>(out, x, vectors);
+    mxint8_pack_kernel<<<pack_blocks(vectors), PACK_THREADS, 0, gpu.stream>>>(out, x, vectors);
     cuda_check_launch();
 }
 
-static void cuda_mxfp8_unpack(floatX* out, Mxfp8 packed, int rows, int cols) {
+static void cuda_mxint8_unpack(floatX* out, Mxint8 packed, int rows, int cols) {
     size_t vectors = (size_t)rows * cols / VEC;
     pack_check(packed, out, cols);
-    mxfp8_unpack_kernel<<<pack_blocks(vectors), PACK_THREADS, 0, gpu.stream>>>(out, packed, vectors);
+    mxint8_unpack_kernel<<<pack_blocks(vectors), PACK_THREADS, 0, gpu.stream>>>(out, packed, vectors);
     cuda_check_launch();
 }
