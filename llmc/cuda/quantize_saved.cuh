@@ -34,7 +34,7 @@
 
 // code * unit of a sum; least is 1.25 units. The result has no negative zero.
 GROUP_INLINE float saved_nearest(float sum, float least) {
-    float magic = f32_from_bits(f32_bits(fmaxf(fabsf(sum), least)) & 0xffbfffffu);
+    float magic = fmaxf(fabsf(sum), least);
     return sub_rn(fma_rn(sum, SAVED_PRODUCT, magic), magic);
 }
 
