@@ -45,11 +45,10 @@ GROUP_INLINE float saved_stochastic(float x, float unit, uint32_t word, int high
     return magic_floor(power, fma_rn(sub_rn(random, 64.0f - 0x1p-18f), power, x));
 }
 
-// a warp's tile; top and bottom of the scales of the lane's 32 tokens
+// a warp's tile
 typedef struct {
     uint2 codes[8];      // of token 8t + i: 16 columns
     uint32_t scales[2];  // their scale bytes
-    int top, bottom;
 } SavedTile;
 
 __device__ __forceinline__ uint32_t saved_scale(const SavedTile* tile, int i) {
@@ -58,7 +57,6 @@ __device__ __forceinline__ uint32_t saved_scale(const SavedTile* tile, int i) {
 
 // token, column: the lane's first
 __device__ __forceinline__ void saved_load(SavedTile* tile, const QuantizeJob& job, uint32_t token, uint32_t column) {
-    int top = 0, bottom = 255;
     const uint8_t* codes = job.saved_codes + (size_t)token * (job.rows / 2) + column / 2;
     const uint8_t* scales = job.saved_scales + (size_t)token * (job.rows / GROUP) + column / GROUP;
     tile->scales[0] = tile->scales[1] = 0;
@@ -67,18 +65,9 @@ __device__ __forceinline__ void saved_load(SavedTile* tile, const QuantizeJob& j
         int scale = *scales;
         tile->codes[i] = *(const uint2*)codes;
         tile->scales[i / 4] |= (uint32_t)scale << (8 * (i % 4));
-        top = max(top, scale);
-        bottom = min(bottom, scale);
         codes += job.rows / 2;
         scales += job.rows / GROUP;
     }
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-        top = max(top, __shfl_xor_sync(FULL_WARP, top, offset));
-        bottom = min(bottom, __shfl_xor_sync(FULL_WARP, bottom, offset));
-    }
-    tile->top = top;
-    tile->bottom = bottom;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -245,17 +234,6 @@ __device__ __forceinline__ void saved_hadamard(uint32_t (*h)[2]) {
     }
 }
 
-// factor: bf16 pairs for tokens 8t + 2i, + 1: sign * scale * 2^(126 - 60 + SAVED_SHIFT - base)
-__device__ __forceinline__ void saved_factors(uint32_t* factor, const SavedTile* tile, uint32_t signs, int base) {
-    int field = 126 - 60 + SAVED_SHIFT - base;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t low = ((uint32_t)field + saved_scale(tile, 2 * i)) << 7;
-        uint32_t high = ((uint32_t)field + saved_scale(tile, 2 * i + 1)) << 7;
-        factor[i] = (low | high << 16) ^ ((signs >> 2 * i & 1u) << 15 | (signs >> 2 * i & 2u) << 30);
-    }
-}
-
 // e2m1 codes of two tokens, 16 bits apart, as a bf16 pair: the bits s and iii of a code at 15 and 8 .. 6 are code *
 // 2^-126, index 1 being bf16's subnormal as it is e2m1's. One product puts the code at both places.
 template <int ODD> __device__ __forceinline__ uint32_t codes_bf16(uint32_t pair) {
@@ -290,27 +268,47 @@ __device__ __forceinline__ void saved_product(float (*x)[8], const SavedTile* ti
     }
 }
 
-// What a lane's groups leave behind: the largest, and how many are so small that their codes are rounded
-typedef struct { uint32_t top, count; } SavedUse;
+// What a lane's groups leave behind: exponents as bf16, of the rows g below and of the rows g + 8 above
+typedef struct { uint32_t top; int count; } SavedUse;
 
-// Groups of zeros only have zeros of any sign here, and do not count. Unit and scale are 2 + SAVED_SHIFT octaves under
-// the exponent of `bits`.
-template <Rounding ROUND>
-__device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, SavedUse* use, float* x, size_t at,
-                                             uint64_t round_stream) {
-    const uint32_t under = (uint32_t)(carrier_bottom(FORMAT_E4M3) + 127 + 2 + SAVED_SHIFT) << 23;
-    float largest = fabsf(x[0]);
+__device__ __forceinline__ uint32_t bf16_max(uint32_t a, uint32_t b) {
+    uint32_t c;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+__device__ __forceinline__ uint32_t bf16_min(uint32_t a, uint32_t b) {
+    uint32_t c;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+// bf16 2^exponent at or below the largest of two groups' results: of row g below, of row g + 8 above
+__device__ __forceinline__ uint32_t saved_exponents(const float (*x)[8]) {
+    float largest[2];
 #pragma unroll
-    for (int k = 1; k < 8; k++) {
-        largest = fmaxf(largest, fabsf(x[k]));
+    for (int h = 0; h < 2; h++) {
+        largest[h] = fabsf(x[h][0]);
+#pragma unroll
+        for (int k = 1; k < 8; k++) {
+            largest[h] = fmaxf(largest[h], fabsf(x[h][k]));
+        }
+        largest[h] = mul_rn(largest[h], HADAMARD_SCALE);
     }
-    largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
-    uint32_t bits = f32_bits(mul_rn(largest, HADAMARD_SCALE)) & 0x7f800000u;
-    use->top = max(use->top, bits);
-    use->count += bits - 1u < under - 1u;
+    uint32_t pair = bytes_pick(f32_bits(largest[0]), f32_bits(largest[1]), 0x7632);
+    pair = bf16_max(pair, __shfl_xor_sync(FULL_WARP, pair, 1));
+    pair = bf16_max(pair, __shfl_xor_sync(FULL_WARP, pair, 2));
+    return pair & 0x7f807f80u;
+}
+
+// Groups of zeros only have zeros of any sign here. Unit and scale are 2 + SAVED_SHIFT octaves under the exponent in the
+// upper half of `bits`, whose lower half does not matter. index: of the lane's Philox call
+template <Rounding ROUND>
+__device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, float* x, uint32_t bits, uint64_t index,
+                                             uint64_t round_stream) {
     if (ROUND == ROUND_STOCHASTIC) {
-        Philox random = philox_keyed(&job.keys, job.round_index + at / 8, round_stream);
+        Philox random = philox_keyed(&job.keys, index, round_stream);
+        bits &= 0x7f800000u;
         float unit = f32_from_bits((uint32_t)max((int)bits - ((2 + SAVED_SHIFT) << 23), 1 << 23));
 #pragma unroll
         for (int k = 0; k < 8; k++) {
@@ -330,39 +328,209 @@ __device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, SavedUse* u
 // the 16 columns of the lane
 template <Rounding ROUND>
 __device__ __forceinline__ void saved_columns_mma(const QuantizeJob& job, BaseUse* use, const SavedTile* tile,
-                                                  uint32_t signs, const uint32_t (*h)[2], size_t at,
+                                                  const uint32_t* factors, const uint32_t (*h)[2], size_t at,
                                                   uint64_t round_stream, int valid) {
-    uint32_t factors[4];
+    const uint32_t under = (uint32_t)(carrier_bottom(FORMAT_E4M3) + 127 + 2 + SAVED_SHIFT) << 7;
     SavedUse groups = {0, 0};
-    saved_factors(factors, tile, signs, use->base);
     uint8_t* to = (uint8_t*)job.operand + at;
+    uint64_t index = job.round_index + at / 8;
+    uint32_t cols = job.cols;
 #pragma unroll 1
     for (int byte = 0; byte < 4; byte++) {
+        uint32_t exponents[2];
 #pragma unroll
         for (int odd = 0; odd < 2; odd++) {
             float x[2][8];
             odd ? saved_product<1>(x, tile, factors, byte, h) : saved_product<0>(x, tile, factors, byte, h);
-            uint2 low = saved_bytes<ROUND>(job, &groups, x[0], at, round_stream);
-            uint2 high = saved_bytes<ROUND>(job, &groups, x[1], at + (size_t)8 * job.cols, round_stream);
+            exponents[odd] = saved_exponents(x);
+            uint2 low = saved_bytes<ROUND>(job, x[0], exponents[odd] << 16, index, round_stream);
+            uint2 high = saved_bytes<ROUND>(job, x[1], exponents[odd], index + cols, round_stream);
             if (valid) {
                 *(uint2*)to = low;
-                *(uint2*)(to + (size_t)8 * job.cols) = high;
+                *(uint2*)(to + (size_t)8 * cols) = high;
             }
-            to += job.cols;
-            at += job.cols;
+            to += cols;
+            index += cols / 8;
+        }
+        groups.top = bf16_max(groups.top, bf16_max(exponents[0], exponents[1]));
+        uint32_t least = bf16_min(exponents[0], exponents[1]);
+        if (!__all_sync(FULL_WARP, (least & 0xffffu) >= under && least >> 16 >= under)) {  // seldom
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint32_t bits = exponents[i / 2] >> (i % 2 * 16) & 0xffffu;
+                groups.count += bits - 1u < under - 1u;
+            }
         }
     }
-    if (valid && groups.top) {
-        use->largest = max(use->largest, (int)(groups.top >> 23) - 127 - 2 - SAVED_SHIFT + use->base);
-        use->under += threadIdx.x % 4 == 0 ? (int)groups.count : 0;
+    uint32_t top = max(groups.top & 0xffffu, groups.top >> 16);
+    if (valid && top) {
+        use->largest = max(use->largest, (int)(top >> 7) - 127 - 2 - SAVED_SHIFT + use->base);
+        use->under += threadIdx.x % 4 == 0 ? groups.count : 0;
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// the way of a warp's tile to the lanes: while one is worked on, the next one's codes are on their way into the other
+// half of the staging area, and its scales into a register, those of token `lane`
+//
+// Chunk c of token k lies at 4k + c ^ 2 (k/8), so that lanes that read two chunks of tokens 8t + i touch all banks.
 
-// MMA: bytes of e4m3 with one base, nothing else, first launch
-template <Rounding ROUND, int STATS, int MMA>
-__global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ? 3 : 2)
+typedef struct {
+    uint4 codes[2][GROUP * SAVED_COLUMNS / 2 / 16];
+    uint16_t factors[SAVED_COLUMNS / GROUP][GROUP];
+} SavedStage;
+
+// a warp's place; out of range, the last one, and nothing is stored
+typedef struct { uint32_t block, column; int valid; } SavedPlace;
+
+__device__ __forceinline__ SavedPlace saved_place(const QuantizeJob& job, uint32_t tokens, uint32_t across) {
+    uint32_t warp = threadIdx.x / WARP_LANES, blocks = job.cols / GROUP;
+    uint32_t block = tokens * SAVED_BLOCKS + warp % SAVED_BLOCKS;
+    uint32_t column = across * SAVED_TILE + warp / SAVED_BLOCKS * SAVED_COLUMNS;
+    int valid = block < blocks && column < job.rows;
+    return SavedPlace{valid ? block : 0, valid ? column : 0, valid};
+}
+
+__device__ __forceinline__ void saved_prefetch(uint4* stage, const QuantizeJob& job, SavedPlace place) {
+    uint32_t lane = threadIdx.x % WARP_LANES, half = job.rows / 2;
+    const uint8_t* from = job.saved_codes + (size_t)(place.block * GROUP + lane / 4) * half + place.column / 2 +
+                          lane % 4 * 16;
+    if (place.column + lane % 4 * 32 < job.rows) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            chunk_copy(&stage[(lane + WARP_LANES * j) ^ (2 * j)], from + (size_t)(8 * j) * half);
+        }
+    }
+}
+
+// the four scales of token `lane`; missing ones are the first
+__device__ __forceinline__ uint32_t saved_scales_load(const QuantizeJob& job, SavedPlace place) {
+    uint32_t groups = job.rows / GROUP;
+    const uint8_t* from = job.saved_scales + (size_t)(place.block * GROUP + threadIdx.x % WARP_LANES) * groups +
+                          place.column / GROUP;
+    if ((groups | (uint32_t)(uintptr_t)job.saved_scales) % 4 == 0) {
+        return *(const uint32_t*)from;
+    }
+    uint32_t word = from[0];
+#pragma unroll
+    for (int c = 1; c < 4; c++) {
+        word |= (uint32_t)from[place.column / GROUP + c < groups ? c : 0] << (8 * c);
+    }
+    return word;
+}
+
+__device__ __forceinline__ void saved_take(SavedTile* tile, const uint4* stage, uint32_t g) {
+    uint32_t t = threadIdx.x % 4, odd = t >> 1;
+    const uint2* at = (const uint2*)(stage + ((32 * t + g / 2) ^ (2 * t & 2))) + g % 2;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        tile->codes[i] = (i % 2 ? at - 8 * odd : at + 8 * odd)[8 * i];
+    }
+}
+
+// bf16 pairs for tokens 8t + 2i, + 1 of the lane's columns: sign * scale * 2^(126 - 60 + SAVED_SHIFT - base)
+__device__ __forceinline__ void saved_factors(uint32_t* factors, SavedStage* stage, uint32_t scales, uint32_t signs,
+                                              int base, uint32_t g) {
+    uint32_t lane = threadIdx.x % WARP_LANES;
+    uint32_t least = (uint32_t)((126 - 60 + SAVED_SHIFT - base) << 7) + ((signs >> lane & 1u) << 15);
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        uint32_t scale = c ? scales >> (8 * c - 7) : scales << 7;
+        stage->factors[c][lane] = (uint16_t)((scale & 0x7f80u) + least);
+    }
+    __syncwarp();
+    uint4 words = ((const uint4*)stage->factors[g / 2])[lane % 4];
+    factors[0] = words.x, factors[1] = words.y, factors[2] = words.z, factors[3] = words.w;
+}
+
+// are all sums of the tile exact, and nothing near the ends of f32?
+__device__ __forceinline__ int saved_exact(uint32_t scales, int base) {
+    uint32_t even = scales & 0x00ff00ffu, odd = scales >> 8 & 0x00ff00ffu;
+    uint32_t most = __vmaxu2(even, odd), least = __vminu2(even, odd);
+    int top = (int)__reduce_max_sync(FULL_WARP, max(most & 255u, most >> 16));
+    int bottom = (int)__reduce_min_sync(FULL_WARP, min(least & 255u, least >> 16));
+    int distance = top - 127 - base;
+    return top - bottom <= SAVED_SPREAD && bottom >= 40 && top <= 214 && distance >= -60 && distance <= 40;
+}
+
+// the tile as the butterflies want it
+__device__ __forceinline__ void saved_scales_of_lane(SavedTile* tile, uint32_t scales, uint32_t g) {
+    uint32_t first = threadIdx.x % 4 * 8;
+    tile->scales[0] = tile->scales[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        uint32_t word = __shfl_sync(FULL_WARP, scales, (int)first + i);
+        tile->scales[i / 4] |= (word >> (g / 2 * 8) & 255u) << (8 * (i % 4));
+    }
+}
+
+#ifndef SAVED_RESIDENT
+#define SAVED_RESIDENT 3
+#endif
+
+// bytes of e4m3 with one base, nothing else, first launch
+template <Rounding ROUND>
+__global__ void __launch_bounds__(GROUP_THREADS, ROUND == ROUND_NEAREST ? SAVED_RESIDENT : 2)
+    quantize_saved_mma_kernel(const __grid_constant__ QuantizeJob job) {
+    __shared__ __align__(16) SavedStage stages[GROUP_WARPS];
+    BaseUse use;
+    base_first(job, &use);  // no branch that the compiler cannot see to be one for the whole warp
+    Streams streams = job_streams(job);
+    SavedStage* stage = &stages[threadIdx.x / WARP_LANES];
+    uint32_t g = threadIdx.x % WARP_LANES / 4, t = threadIdx.x % 4;
+    uint32_t blocks = job.cols / GROUP, tiles_across = (job.rows + SAVED_TILE - 1) / SAVED_TILE;
+    uint64_t tiles = (uint64_t)((blocks + SAVED_BLOCKS - 1) / SAVED_BLOCKS) * tiles_across;
+    uint32_t begin = (uint32_t)(tiles * blockIdx.x / gridDim.x), end = (uint32_t)(tiles * (blockIdx.x + 1) / gridDim.x);
+    uint32_t tokens = begin / tiles_across, across = begin % tiles_across;
+    uint32_t h[4][2], signs_of = ~0u, word = 0, scales = 0;
+    saved_hadamard(h);
+    if (begin < end) {
+        SavedPlace place = saved_place(job, tokens, across);
+        saved_prefetch(stage->codes[(end - begin) % 2], job, place);
+        scales = saved_scales_load(job, place);
+    }
+    stage_commit();
+    for (uint32_t left = end - begin; left > 0; left--) {
+        SavedPlace place = saved_place(job, tokens, across);
+        uint32_t next = scales;
+        across = across + 1 < tiles_across ? across + 1 : 0;
+        tokens += across == 0;
+        if (left > 1) {
+            SavedPlace after = saved_place(job, tokens, across);
+            saved_prefetch(stage->codes[(left - 1) % 2], job, after);
+            next = saved_scales_load(job, after);
+        }
+        stage_commit();
+        if (job.rotation == ROTATE_SIGNED && place.block != signs_of) {
+            word = job_sign_word(job, streams.sign, place.block);
+            signs_of = place.block;
+        }
+        int valid = place.valid && place.column + 16 * g < job.rows;
+        uint32_t lane_g = valid ? g : 0;  // others work on the warp's first columns and store nothing
+        size_t at = (size_t)(place.column + 16 * lane_g) * job.cols + (size_t)place.block * GROUP + 8 * t;
+        SavedTile tile;
+        stage_wait<1>();
+        __syncwarp();
+        saved_take(&tile, stage->codes[left % 2], lane_g);
+        if (saved_exact(scales, use.base)) {
+            uint32_t factors[4];
+            saved_factors(factors, stage, scales, word, use.base, lane_g);
+            saved_columns_mma<ROUND>(job, &use, &tile, factors, h, at, streams.round, valid);
+        } else {
+            saved_scales_of_lane(&tile, scales, lane_g);
+            saved_columns<ROUND, 0, 1>(job, &use, &tile, word >> (8 * t) & 255u, at, streams.round, valid);
+        }
+        __syncwarp();
+        scales = next;
+    }
+    base_end(job, &use);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// all else, and second launches
+template <Rounding ROUND, int STATS>
+__global__ void __launch_bounds__(GROUP_THREADS, 2)
     quantize_saved_kernel(const __grid_constant__ QuantizeJob job) {
     BaseUse use;
     if (!base_begin(job, &use)) {
@@ -374,10 +542,6 @@ __global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ?
     uint64_t tiles = (uint64_t)((blocks + SAVED_BLOCKS - 1) / SAVED_BLOCKS) * tiles_across;
     uint32_t begin = (uint32_t)(tiles * blockIdx.x / gridDim.x), end = (uint32_t)(tiles * (blockIdx.x + 1) / gridDim.x);
     uint32_t tokens = begin / tiles_across, across = begin % tiles_across;
-    uint32_t h[4][2];
-    if (MMA) {
-        saved_hadamard(h);
-    }
     uint32_t signs_of = ~0u, word = 0;
     for (uint32_t left = end - begin; left > 0; left--) {
         uint32_t block = tokens * SAVED_BLOCKS + warp % SAVED_BLOCKS;
@@ -397,15 +561,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ?
         }
         uint32_t signs = word >> (8 * t) & 255u;
         size_t at = (size_t)column * job.cols + (size_t)block * GROUP + 8 * t;
-        // exact, and nothing near the ends of f32
-        int distance = tile.top - 127 - use.base;
-        int exact = tile.top - tile.bottom <= SAVED_SPREAD && tile.bottom >= 40 && tile.top <= 214 &&
-                    distance >= -60 && distance <= 40;
-        if (MMA && __all_sync(FULL_WARP, exact)) {
-            saved_columns_mma<ROUND>(job, &use, &tile, signs, h, at, streams.round, valid);
-        } else {
-            saved_columns<ROUND, STATS, MMA>(job, &use, &tile, signs, at, streams.round, valid);
-        }
+        saved_columns<ROUND, STATS, 0>(job, &use, &tile, signs, at, streams.round, valid);
     }
     base_end(job, &use);
 }

@@ -65,15 +65,24 @@ __device__ __forceinline__ void launch_order(int second) {
 #endif
 }
 
-// 0 where this launch has nothing to do
-__device__ __forceinline__ int base_begin(const QuantizeJob& job, BaseUse* use) {
-    launch_order(job.check);
+// of a first launch
+__device__ __forceinline__ void base_first(const QuantizeJob& job, BaseUse* use) {
+    launch_order(0);
     use->base = use->before = job.base ? job.base->base : 0;
     use->largest = CARRIER_NONE;
     use->under = 0;
+}
+
+// 0 where this launch has nothing to do
+__device__ __forceinline__ int base_begin(const QuantizeJob& job, BaseUse* use) {
     if (!job.check) {
+        base_first(job, use);
         return 1;
     }
+    launch_order(1);
+    use->before = job.base->base;
+    use->largest = CARRIER_NONE;
+    use->under = 0;
     use->base = carrier_base(job.carrier, job.base->largest);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         job.base->scale = power_of_two(use->base);
