@@ -13,7 +13,7 @@
 // whole rows in registers. A thread has up to ROW_CHUNKS groups of one row, or a block several short rows. Rows of more
 // than ROW_CHUNKS * 256 groups are computed twice, first for their base.
 #pragma once
-#include "quantize_saved.cuh"
+#include "quantize_saved_mma.cuh"
 
 #define ROW_CHUNKS 4
 #define ROWS_IN_BLOCK 256
