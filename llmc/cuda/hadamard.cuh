@@ -57,8 +57,8 @@ GROUP_UNROLL
 }
 
 // v = sqrt(32) H v, the butterflies alone. Returns the largest magnitude, NaN where there is one: of the last
-// butterflies' results a + b and a - b the larger magnitude is fl(|a| + |b|). least: bits of the least of those; where it
-// is not zero, there is no sum -0.
+// butterflies' results a + b and a - b the larger magnitude is fl(|a| + |b|). least: bits of the least of those; where
+// it is not zero, there is no sum -0.
 GROUP_INLINE float group_butterfly_sums(float* v, uint32_t* least) {
     float largest = 0.0f;
     *least = ~0u;

@@ -102,8 +102,8 @@ __device__ __forceinline__ uint32_t saved_exponents(const float (*x)[8]) {
     return pair & 0x7f807f80u;
 }
 
-// Groups of zeros only have zeros of any sign here. Unit and scale are 2 + SAVED_SHIFT octaves under the exponent in the
-// upper half of `bits`, whose lower half does not matter. index: of the lane's Philox call
+// Groups of zeros only have zeros of any sign here. Unit and scale are 2 + SAVED_SHIFT octaves under the exponent in
+// the upper half of `bits`, whose lower half does not matter. index: of the lane's Philox call
 template <Rounding ROUND>
 __device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, float* x, uint32_t bits, uint64_t index,
                                              uint64_t round_stream) {
@@ -212,8 +212,8 @@ __device__ __forceinline__ void mma_half(uint32_t* d, const uint32_t* a, const u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// As codes_bf16, code * 2^-14. The product's two places share bit 12, which would overflow into the sign of code 15; less
-// 2^12, it overflows where the code is 0, whose sign may go. Half of bit 9 keeps the halves apart.
+// As codes_bf16, code * 2^-14. The product's two places share bit 12, which would overflow into the sign of code 15;
+// less 2^12, it overflows where the code is 0, whose sign may go. Half of bit 9 keeps the halves apart.
 template <int ODD> GROUP_INLINE uint32_t codes_half(uint32_t pair) {
     uint32_t code = pair & (ODD ? 0x00f000f0u : 0x000f000fu);
     return (code * (ODD ? 0x120u : 0x1200u) - 0x0f000f00u) & 0x8e008e00u;

@@ -483,7 +483,7 @@ __device__ __forceinline__ void columns_store(const QuantizeJob& job, ColumnTile
 }
 
 template <ScaleRule RULE, Rounding ROUND, int STATS, int STAGES>
-__global__ void __launch_bounds__(COLUMN_THREADS, STATS                                        ? 1
+__global__ void __launch_bounds__(COLUMN_THREADS, STATS                                          ? 1
                                                   : ROUND == ROUND_STOCHASTIC || STAGES == 1 ? 4
                                                                                              : COLUMN_RESIDENT)
     quantize_columns_kernel(const __grid_constant__ QuantizeJob job) {
