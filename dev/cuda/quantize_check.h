@@ -240,6 +240,38 @@ static void host_rounding(void) {
     }
 }
 
+static uint32_t host_half_mul(uint32_t a, uint32_t b) {  // one value; the product is exact in f32
+    float x = __half2float(__ushort_as_half((uint16_t)a)), y = __half2float(__ushort_as_half((uint16_t)b));
+    return __half_as_ushort(__float2half_rn(x * y));
+}
+
+// quantize_saved_mma.cuh, half: the codes of all sums below every largest sum of a group, and the decoded bytes
+static void host_half(void) {
+    int64_t wrong_codes = 0, wrong_exponents = 0, wrong_decoded = 0;
+    for (uint32_t most = 1; most <= HALF_LARGEST; most++) {
+        uint32_t largest = __half_as_ushort(__float2half_rn((float)most * 0x1p-9f));
+        uint32_t exponent = host_half_mul(largest, HALF_HADAMARD & 0xffffu) & 0x7c00u;
+        uint32_t scale = absmax_scale(mul_rn((float)most, HADAMARD_SCALE));
+        wrong_exponents += (exponent >> 10) + 119 != scale;  // 2^k is exponent field k + 8, less 2^-9
+        for (uint32_t n = 0; n <= most; n++) {
+            uint32_t sum = __half_as_ushort(__float2half_rn((float)n * 0x1p-9f));
+            uint32_t code = host_half_mul(sum, (HALF_PRODUCT & 0xffffu) - exponent) + (PAIR_HALF & 0xffffu);
+            float value = mul_rn(mul_rn((float)n, HADAMARD_SCALE), absmax_factor(scale, 1.0f));
+            wrong_codes += (code >> 9 & 15u) != f32_to_e2m1(value);
+        }
+    }
+    for (uint32_t i = 0; i < 65536; i++) {
+        uint32_t pair = (i & 255u) | i >> 8 << 16, half[2] = {codes_half<0>(pair), codes_half<1>(pair)};
+        for (int k = 0; k < 4; k++) {
+            float value = __half2float(__ushort_as_half((uint16_t)(half[k / 2] >> (k % 2 * 16))));
+            wrong_decoded += value != e2m1_to_f32(pair >> (k % 2 * 16 + k / 2 * 4) & 15u) * 0x1p-14f;
+        }
+    }
+    report(wrong_exponents == 0, "half: %lld exponents of sums differ", (long long)wrong_exponents);
+    report(wrong_codes == 0, "half: %lld codes of sums differ", (long long)wrong_codes);
+    report(wrong_decoded == 0, "half: %lld codes are decoded differently", (long long)wrong_decoded);
+}
+
 // the group functions over an operand, as the rows and columns kernels call them
 static void host_quantize(const QuantizeArgs* args) {
     QTensor* out = args->out;
@@ -289,6 +321,7 @@ static int64_t differing(const void* a, const void* b, size_t bytes) {
 
 static void run_host(void) {
     host_rounding();
+    host_half();
     const int rows = 67, cols = 2080;
     size_t count = (size_t)rows * cols;
     floatX* x = (floatX*)malloc_or_die(count * sizeof(floatX), "inputs");

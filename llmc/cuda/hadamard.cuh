@@ -57,16 +57,20 @@ GROUP_UNROLL
 }
 
 // v = sqrt(32) H v, the butterflies alone. Returns the largest magnitude, NaN where there is one: of the last
-// butterflies' results a + b and a - b the larger magnitude is fl(|a| + |b|).
-GROUP_INLINE float group_butterfly_sums(float* v) {
+// butterflies' results a + b and a - b the larger magnitude is fl(|a| + |b|). least: bits of the least of those; where
+// it is not zero, there is no sum -0.
+GROUP_INLINE float group_butterfly_sums(float* v, uint32_t* least) {
     float largest = 0.0f;
+    *least = ~0u;
     group_butterflies(v, 1);
     group_butterflies(v, 2);
     group_butterflies(v, 4);
     group_butterflies(v, 8);
 GROUP_UNROLL
     for (int k = 0; k < GROUP / 2; k++) {
-        largest = max_nan(largest, add_rn(fabsf(v[k]), fabsf(v[k + GROUP / 2])));
+        float larger = add_rn(fabsf(v[k]), fabsf(v[k + GROUP / 2]));
+        largest = max_nan(largest, larger);
+        *least = min(*least, f32_bits(larger));
     }
     group_butterflies(v, 16);
     return largest;
@@ -74,7 +78,8 @@ GROUP_UNROLL
 
 // v = H v. Returns the largest magnitude, NaN where there is one: rounding of the final product keeps the order.
 GROUP_INLINE float group_hadamard(float* v) {
-    float largest = group_butterfly_sums(v);
+    uint32_t least;
+    float largest = group_butterfly_sums(v, &least);
 GROUP_UNROLL
     for (int k = 0; k < GROUP; k++) {
         v[k] = mul_rn(v[k], HADAMARD_SCALE);

@@ -13,7 +13,7 @@
 // whole rows in registers. A thread has up to ROW_CHUNKS groups of one row, or a block several short rows. Rows of more
 // than ROW_CHUNKS * 256 groups are computed twice, first for their base.
 #pragma once
-#include "quantize_saved.cuh"
+#include "quantize_saved_mma.cuh"
 
 #define ROW_CHUNKS 4
 #define ROWS_IN_BLOCK 256
@@ -286,7 +286,7 @@ static void source_launch(const QuantizeJob* job, int saved, int transposed, int
         size_t items = (size_t)ceil_div(blocks, SAVED_BLOCKS) * (size_t)ceil_div(job->rows, SAVED_TILE);
         int mma = !STATS && job->base && !job->check && job->rotation != ROTATE_NONE && !job->codes && !job->scales &&
                   job->carrier == FORMAT_E4M3;
-        job_launch(mma ? quantize_saved_kernel<ROUND, 0, 1> : quantize_saved_kernel<ROUND, STATS, 0>, job,
+        job_launch(mma ? quantize_saved_mma_kernel<ROUND> : quantize_saved_kernel<ROUND, STATS>, job,
                    GROUP_THREADS, items, overlap);
     } else if (transposed) {
         size_t items = (size_t)ceil_div(blocks, COLUMN_BLOCKS) * (size_t)ceil_div(job->rows, COLUMN_WARP);

@@ -240,16 +240,15 @@ GROUP_UNROLL
 //               others down. The f32 that first reach such a half after the roundings of the definition are reached
 //               by other products than those, which round halves up where the definition rounds them to even:
 //     quest     two products, by QUEST_FIRST and QUEST_SECOND
-//     absmax    one product errs on one side where halves go up; with a hair added, on the other side where they go
-//               down. Where the two indices differ, the even one is right.
+//     absmax    the difference of two products, the second one not rounded before; a sum -0 would lose its sign
 // Which products do that was searched; quantize_bench.cu host tries every f32 of six octaves.
 
 #define QUEST_FIRST 0x1.80c83ap+0f    // times QUEST_SECOND: 1/sqrt(32)
 #define QUEST_SECOND 0x1.e1bcacp-4f
 #define ABSMAX_PRODUCT 0x1.0f876ap-3f  // 3/4 / sqrt(32)
-#define ABSMAX_HAIR 0x1.f8p-27f
+#define ABSMAX_FIRST 0x1.09e2ap-2f    // rounded, and together with
+#define ABSMAX_SECOND -0x1.043dd4p-3f  // ABSMAX_PRODUCT, but for 5 parts in 10^8
 #define PAIR_HALF 0x01000100u
-#define PAIR_ODD 0x02000200u
 #define PAIR_SIX 0x0e000e00u
 #define PAIR_WORDS (GROUP / 2)
 
@@ -378,17 +377,15 @@ GROUP_UNROLL
 
 GROUP_INLINE void tops_absmax_nearest(GroupTops* tops, const float* sums, uint32_t scale) {
     float power = mul_rn(f32_from_bits((254u - scale) << 23), CODE_UNIT);
-    float product = mul_rn(power, ABSMAX_PRODUCT), hair = mul_rn(power, ABSMAX_HAIR);
+    float first = mul_rn(power, ABSMAX_FIRST), second = mul_rn(power, ABSMAX_SECOND);
 GROUP_UNROLL
     for (int b = 0; b < GROUP / 8; b++) {
         uint32_t pairs[4];
 GROUP_UNROLL
         for (int i = 0; i < 4; i++) {
             float low = sums[PAIR_LOW(4 * b + i)], high = sums[PAIR_LOW(4 * b + i) + 2];
-            float below_low = mul_rn(low, product), below_high = mul_rn(high, product);
-            uint32_t below = pair_cut(below_low, below_high) + PAIR_HALF;
-            uint32_t above = pair_cut(fma_rn(low, hair, below_low), fma_rn(high, hair, below_high)) + PAIR_HALF;
-            pairs[i] = above & ~((above ^ below) & PAIR_ODD);
+            pairs[i] = pair_cut(fma_rn(low, second, mul_rn(low, first)), fma_rn(high, second, mul_rn(high, first))) +
+                       PAIR_HALF;
         }
         tops_gather(tops, pairs, b);
     }
@@ -472,11 +469,23 @@ GROUP_UNROLL
     return (bits & 0x0e0e0e0eu) != 0;
 }
 
+// The carrier's bytes of the eight magnitudes times 2^(e - base), e the exponent of the scale. Where 0.5 times it is
+// normal and 6 times it finite, all but zero's change by as many units of the exponent.
+GROUP_INLINE void carrier_table(uint32_t* table, uint32_t scale, int base, Format carrier) {
+    const float magnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    int e4m3 = carrier == FORMAT_E4M3, k = (int)scale - 127 - base, lowest = e4m3 ? -5 : -13;
+    uint32_t unit = (uint32_t)k << (e4m3 ? 3 : 2);
+    table[0] = (e4m3 ? 0x3c383000u : 0x3e3c3800u) + unit * 0x01010100u;
+    table[1] = (e4m3 ? 0x4c484440u : 0x46444240u) + unit * 0x01010101u;
+    if ((uint32_t)(k - lowest) > (uint32_t)(carrier_top(carrier) - lowest) || scale == UE8M0_NAN) {
+        carrier_pack<8>(table, magnitudes, carrier_factor(scale, base, 0), carrier);
+    }
+}
+
 // the carrier's bytes of the group, from a table of those of the eight magnitudes
 GROUP_INLINE void tops_carry(uint32_t* bytes, const GroupTops* tops, uint32_t scale, int base, Format carrier) {
-    const float magnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
     uint32_t table[2];
-    carrier_pack<8>(table, magnitudes, carrier_factor(scale, base, 0), carrier);
+    carrier_table(table, scale, base, carrier);
 GROUP_UNROLL
     for (int b = 0; b < GROUP / 8; b++) {
         uint32_t even = tops->words[2 * b], odd = tops->words[2 * b + 1], indices = tops_indices(tops, b);
@@ -518,8 +527,11 @@ GROUP_INLINE uint32_t group_tops_where(int valid, GroupTops* tops, uint32_t* mas
                                        const PhiloxKeys* keys, uint64_t index, uint64_t stream) {
     int fast = rotation != ROTATE_NONE;
     float hadamard = fast ? HADAMARD_SCALE : 1.0f;  // a product with 1 is exact
-    float largest = fast ? group_butterfly_sums(v) : group_largest(v);
-    uint32_t scale;
+    float largest = 0.0f;
+    uint32_t scale, least = 0;
+    if (fast) {
+        largest = group_butterfly_sums(v, &least);
+    }
     *mask = ~0u;
     if (RULE == SCALE_QUEST) {
         float rotated[GROUP];
@@ -535,7 +547,9 @@ GROUP_UNROLL
     } else {
         largest = mul_rn(largest, hadamard);
         uint32_t bits = f32_bits(largest) & 0x7fffffffu, smallest = f32_bits(FAST_SMALLEST);
-        if ((fast && (bits - smallest < f32_bits(FAST_LARGEST) - smallest || bits == 0)) || !valid) {
+        int zeros = ROUND == ROUND_STOCHASTIC ? bits == 0 : 0;
+        int signs = ROUND == ROUND_STOCHASTIC || least != 0;  // of sums that are zero matter
+        if ((fast && signs && (bits - smallest < f32_bits(FAST_LARGEST) - smallest || zeros)) || !valid) {
             scale = (uint32_t)max((int)(bits >> 23) - 2, 0);
             if (ROUND == ROUND_STOCHASTIC) {
                 tops_absmax_stochastic(tops, v, scale, keys, index, stream);
@@ -543,6 +557,9 @@ GROUP_UNROLL
                 tops_absmax_nearest(tops, v, scale);
             }
             return scale;
+        }
+        if (!fast) {  // not above, where the compiler would look for the largest before it knows
+            largest = group_largest(v);
         }
         scale = absmax_scale(largest);
     }

@@ -34,7 +34,7 @@
 
 // code * unit of a sum; least is 1.25 units. The result has no negative zero.
 GROUP_INLINE float saved_nearest(float sum, float least) {
-    float magic = f32_from_bits(f32_bits(fmaxf(fabsf(sum), least)) & 0xffbfffffu);
+    float magic = fmaxf(fabsf(sum), least);
     return sub_rn(fma_rn(sum, SAVED_PRODUCT, magic), magic);
 }
 
@@ -45,11 +45,10 @@ GROUP_INLINE float saved_stochastic(float x, float unit, uint32_t word, int high
     return magic_floor(power, fma_rn(sub_rn(random, 64.0f - 0x1p-18f), power, x));
 }
 
-// a warp's tile; top and bottom of the scales of the lane's 32 tokens
+// a warp's tile
 typedef struct {
     uint2 codes[8];      // of token 8t + i: 16 columns
     uint32_t scales[2];  // their scale bytes
-    int top, bottom;
 } SavedTile;
 
 __device__ __forceinline__ uint32_t saved_scale(const SavedTile* tile, int i) {
@@ -58,7 +57,6 @@ __device__ __forceinline__ uint32_t saved_scale(const SavedTile* tile, int i) {
 
 // token, column: the lane's first
 __device__ __forceinline__ void saved_load(SavedTile* tile, const QuantizeJob& job, uint32_t token, uint32_t column) {
-    int top = 0, bottom = 255;
     const uint8_t* codes = job.saved_codes + (size_t)token * (job.rows / 2) + column / 2;
     const uint8_t* scales = job.saved_scales + (size_t)token * (job.rows / GROUP) + column / GROUP;
     tile->scales[0] = tile->scales[1] = 0;
@@ -67,18 +65,9 @@ __device__ __forceinline__ void saved_load(SavedTile* tile, const QuantizeJob& j
         int scale = *scales;
         tile->codes[i] = *(const uint2*)codes;
         tile->scales[i / 4] |= (uint32_t)scale << (8 * (i % 4));
-        top = max(top, scale);
-        bottom = min(bottom, scale);
         codes += job.rows / 2;
         scales += job.rows / GROUP;
     }
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-        top = max(top, __shfl_xor_sync(FULL_WARP, top, offset));
-        bottom = min(bottom, __shfl_xor_sync(FULL_WARP, bottom, offset));
-    }
-    tile->top = top;
-    tile->bottom = bottom;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -218,151 +207,10 @@ __device__ __forceinline__ void saved_columns(const QuantizeJob& job, BaseUse* u
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// tensor cores
 
-__device__ __forceinline__ void mma_bf16(float* d, const uint32_t* a, const uint32_t* b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// h: the B operand of result tile j and its second half of k, times 2^60. Token 8t + 4s + 2u + i against output o has a
-// minus where t & o/8, s & (o/4 & 1), u & (o/2 & 1), i & o have an odd number of ones together; o/8 and o's lowest bit
-// are the lane's, (o/4 & 1, o/2 & 1) = (j/2, j%2). The first half of k, s = 0, has h[j % 2]. Read from memory, lest the
-// compiler see that the eight registers repeat each other: it would keep two and copy them into pairs again and again.
-#define SAVED_ONES 0x5d805d80u  // bf16 2^60: the factors of codes * 2^-126 would not reach the space of the sums
-__device__ __forceinline__ void saved_hadamard(uint32_t (*h)[2]) {
-    __shared__ volatile uint32_t signs[2][GROUP_THREADS];
-    uint32_t g = threadIdx.x % WARP_LANES / 4, t = threadIdx.x % 4;
-    uint32_t pair = SAVED_ONES ^ (__popc(t & g / 2) & 1 ? 0x80008000u : 0u) ^ (g & 1) << 31;
-    signs[0][threadIdx.x] = pair;
-    signs[1][threadIdx.x] = pair ^ 0x80008000u;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        h[j][0] = signs[j / 2][threadIdx.x];
-        h[j][1] = signs[j / 2 ^ j % 2][threadIdx.x];
-    }
-}
-
-// factor: bf16 pairs for tokens 8t + 2i, + 1: sign * scale * 2^(126 - 60 + SAVED_SHIFT - base)
-__device__ __forceinline__ void saved_factors(uint32_t* factor, const SavedTile* tile, uint32_t signs, int base) {
-    int field = 126 - 60 + SAVED_SHIFT - base;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t low = ((uint32_t)field + saved_scale(tile, 2 * i)) << 7;
-        uint32_t high = ((uint32_t)field + saved_scale(tile, 2 * i + 1)) << 7;
-        factor[i] = (low | high << 16) ^ ((signs >> 2 * i & 1u) << 15 | (signs >> 2 * i & 2u) << 30);
-    }
-}
-
-// e2m1 codes of two tokens, 16 bits apart, as a bf16 pair: the bits s and iii of a code at 15 and 8 .. 6 are code *
-// 2^-126, index 1 being bf16's subnormal as it is e2m1's. One product puts the code at both places.
-template <int ODD> __device__ __forceinline__ uint32_t codes_bf16(uint32_t pair) {
-    uint32_t code = pair & (ODD ? 0x00f000f0u : 0x000f000fu);
-    return (code * (ODD ? 0x104u : 0x1040u)) & 0x81c081c0u;
-}
-
-// x[h] = sums of code 2 * byte + ODD of word h
-template <int ODD>
-__device__ __forceinline__ void saved_product(float (*x)[8], const SavedTile* tile, const uint32_t* factors, int byte,
-                                              const uint32_t (*h)[2]) {
-    uint32_t selector = 0x0400u + 0x0101u * (uint32_t)byte;  // that byte of two words
-    uint32_t a[2][4];
-#pragma unroll
-    for (int pair = 0; pair < 4; pair++) {
-        uint2 even = tile->codes[2 * pair], odd = tile->codes[2 * pair + 1];
-        uint32_t codes[2] = {codes_bf16<ODD>(__byte_perm(even.x, odd.x, selector)),
-                             codes_bf16<ODD>(__byte_perm(even.y, odd.y, selector))};
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            __nv_bfloat162 product = __hmul2(*(const __nv_bfloat162*)&codes[i], *(const __nv_bfloat162*)&factors[pair]);
-            a[pair / 2][pair % 2 * 2 + i] = *(uint32_t*)&product;
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float d[4] = {0, 0, 0, 0};
-        mma_bf16(d, a[0], h[j & 1]);
-        mma_bf16(d, a[1], h[j]);
-        x[0][2 * j] = d[0], x[0][2 * j + 1] = d[1];
-        x[1][2 * j] = d[2], x[1][2 * j + 1] = d[3];
-    }
-}
-
-// What a lane's groups leave behind: the largest, and how many are so small that their codes are rounded
-typedef struct { uint32_t top, count; } SavedUse;
-
-// Groups of zeros only have zeros of any sign here, and do not count. Unit and scale are 2 + SAVED_SHIFT octaves under
-// the exponent of `bits`.
-template <Rounding ROUND>
-__device__ __forceinline__ uint2 saved_bytes(const QuantizeJob& job, SavedUse* use, float* x, size_t at,
-                                             uint64_t round_stream) {
-    const uint32_t under = (uint32_t)(carrier_bottom(FORMAT_E4M3) + 127 + 2 + SAVED_SHIFT) << 23;
-    float largest = fabsf(x[0]);
-#pragma unroll
-    for (int k = 1; k < 8; k++) {
-        largest = fmaxf(largest, fabsf(x[k]));
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
-    uint32_t bits = f32_bits(mul_rn(largest, HADAMARD_SCALE)) & 0x7f800000u;
-    use->top = max(use->top, bits);
-    use->count += bits - 1u < under - 1u;
-    if (ROUND == ROUND_STOCHASTIC) {
-        Philox random = philox_keyed(&job.keys, job.round_index + at / 8, round_stream);
-        float unit = f32_from_bits((uint32_t)max((int)bits - ((2 + SAVED_SHIFT) << 23), 1 << 23));
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            float value = mul_rn(mul_rn(x[k], HADAMARD_SCALE), 0.75f / (1 << SAVED_SHIFT));
-            x[k] = saved_stochastic(value, unit, random.w[k / 2], k % 2);
-        }
-    } else {
-        float least = f32_from_bits(bits + SAVED_UNIT);
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            x[k] = saved_nearest(x[k], least);
-        }
-    }
-    return make_uint2(fp8_pack(x[0], x[1], x[2], x[3], FORMAT_E4M3), fp8_pack(x[4], x[5], x[6], x[7], FORMAT_E4M3));
-}
-
-// the 16 columns of the lane
-template <Rounding ROUND>
-__device__ __forceinline__ void saved_columns_mma(const QuantizeJob& job, BaseUse* use, const SavedTile* tile,
-                                                  uint32_t signs, const uint32_t (*h)[2], size_t at,
-                                                  uint64_t round_stream, int valid) {
-    uint32_t factors[4];
-    SavedUse groups = {0, 0};
-    saved_factors(factors, tile, signs, use->base);
-    uint8_t* to = (uint8_t*)job.operand + at;
-#pragma unroll 1
-    for (int byte = 0; byte < 4; byte++) {
-#pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            float x[2][8];
-            odd ? saved_product<1>(x, tile, factors, byte, h) : saved_product<0>(x, tile, factors, byte, h);
-            uint2 low = saved_bytes<ROUND>(job, &groups, x[0], at, round_stream);
-            uint2 high = saved_bytes<ROUND>(job, &groups, x[1], at + (size_t)8 * job.cols, round_stream);
-            if (valid) {
-                *(uint2*)to = low;
-                *(uint2*)(to + (size_t)8 * job.cols) = high;
-            }
-            to += job.cols;
-            at += job.cols;
-        }
-    }
-    if (valid && groups.top) {
-        use->largest = max(use->largest, (int)(groups.top >> 23) - 127 - 2 - SAVED_SHIFT + use->base);
-        use->under += threadIdx.x % 4 == 0 ? (int)groups.count : 0;
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-
-// MMA: bytes of e4m3 with one base, nothing else, first launch
-template <Rounding ROUND, int STATS, int MMA>
-__global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ? 3 : 2)
+// all else, and second launches
+template <Rounding ROUND, int STATS>
+__global__ void __launch_bounds__(GROUP_THREADS, 2)
     quantize_saved_kernel(const __grid_constant__ QuantizeJob job) {
     BaseUse use;
     if (!base_begin(job, &use)) {
@@ -374,10 +222,6 @@ __global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ?
     uint64_t tiles = (uint64_t)((blocks + SAVED_BLOCKS - 1) / SAVED_BLOCKS) * tiles_across;
     uint32_t begin = (uint32_t)(tiles * blockIdx.x / gridDim.x), end = (uint32_t)(tiles * (blockIdx.x + 1) / gridDim.x);
     uint32_t tokens = begin / tiles_across, across = begin % tiles_across;
-    uint32_t h[4][2];
-    if (MMA) {
-        saved_hadamard(h);
-    }
     uint32_t signs_of = ~0u, word = 0;
     for (uint32_t left = end - begin; left > 0; left--) {
         uint32_t block = tokens * SAVED_BLOCKS + warp % SAVED_BLOCKS;
@@ -397,15 +241,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, MMA && ROUND == ROUND_NEAREST ?
         }
         uint32_t signs = word >> (8 * t) & 255u;
         size_t at = (size_t)column * job.cols + (size_t)block * GROUP + 8 * t;
-        // exact, and nothing near the ends of f32
-        int distance = tile.top - 127 - use.base;
-        int exact = tile.top - tile.bottom <= SAVED_SPREAD && tile.bottom >= 40 && tile.top <= 214 &&
-                    distance >= -60 && distance <= 40;
-        if (MMA && __all_sync(FULL_WARP, exact)) {
-            saved_columns_mma<ROUND>(job, &use, &tile, signs, h, at, streams.round, valid);
-        } else {
-            saved_columns<ROUND, STATS, MMA>(job, &use, &tile, signs, at, streams.round, valid);
-        }
+        saved_columns<ROUND, STATS, 0>(job, &use, &tile, signs, at, streams.round, valid);
     }
     base_end(job, &use);
 }

@@ -65,15 +65,24 @@ __device__ __forceinline__ void launch_order(int second) {
 #endif
 }
 
-// 0 where this launch has nothing to do
-__device__ __forceinline__ int base_begin(const QuantizeJob& job, BaseUse* use) {
-    launch_order(job.check);
+// of a first launch
+__device__ __forceinline__ void base_first(const QuantizeJob& job, BaseUse* use) {
+    launch_order(0);
     use->base = use->before = job.base ? job.base->base : 0;
     use->largest = CARRIER_NONE;
     use->under = 0;
+}
+
+// 0 where this launch has nothing to do
+__device__ __forceinline__ int base_begin(const QuantizeJob& job, BaseUse* use) {
     if (!job.check) {
+        base_first(job, use);
         return 1;
     }
+    launch_order(1);
+    use->before = job.base->base;
+    use->largest = CARRIER_NONE;
+    use->under = 0;
     use->base = carrier_base(job.carrier, job.base->largest);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         job.base->scale = power_of_two(use->base);
@@ -346,6 +355,9 @@ __global__ void __launch_bounds__(GROUP_THREADS, STATS ? 1 : 3)
 #define COLUMN_BLOCKS 4  // of 32 tokens: the warps of a block
 #define COLUMN_THREADS (COLUMN_BLOCKS * WARP_LANES)
 #define COLUMN_CHUNKS (WARP_LANES * 4 / 16)  // of a token
+#ifndef COLUMN_RESIDENT
+#define COLUMN_RESIDENT 5
+#endif
 
 // word k: the lane's columns of token k, missing ones zero. Odd widths have no 4-byte alignment.
 __device__ __forceinline__ void columns_load(uint32_t* words, const floatX* at, uint32_t width, int valid) {
@@ -471,7 +483,9 @@ __device__ __forceinline__ void columns_store(const QuantizeJob& job, ColumnTile
 }
 
 template <ScaleRule RULE, Rounding ROUND, int STATS, int STAGES>
-__global__ void __launch_bounds__(COLUMN_THREADS, STATS ? 1 : ROUND == ROUND_STOCHASTIC ? 4 : 5)
+__global__ void __launch_bounds__(COLUMN_THREADS, STATS                                          ? 1
+                                                  : ROUND == ROUND_STOCHASTIC || STAGES == 1 ? 4
+                                                                                             : COLUMN_RESIDENT)
     quantize_columns_kernel(const __grid_constant__ QuantizeJob job) {
     __shared__ uint4 stages[COLUMN_BLOCKS][STAGES][STAGES > 1 ? GROUP * COLUMN_CHUNKS : 2 * COLUMN_WARP];
     __shared__ __align__(16) uint32_t masks[COLUMN_BLOCKS][GROUP];
