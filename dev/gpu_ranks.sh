@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # gpu_ranks.sh: what several GPUs of one machine do together, measured and checked; built before, for instance by dev/gpu.sh build.
 #
-#     dev/gpu_ranks.sh --data DIR                        all parts: losses elastic scaling saves kills faults
+#     dev/gpu_ranks.sh --data DIR                        all parts: losses elastic scaling saves stops kills faults
 #     TRAIN=build/BF16-cuda/train_llama dev/gpu_ranks.sh --data DIR losses scaling
 #
 #   losses    150 steps of 30m on one GPU, then 50 at a lower rate on 1, 2 and 4 GPUs, bf16 and quartet: how far apart the losses
@@ -9,8 +9,8 @@
 #             the same bits
 #   elastic   4 -> 2 -> 1 -> 4 GPUs (2 -> 2 -> 1 -> 2): what is loaded is what was saved, to the bit; the same samples, losses as without a stop
 #   scaling   MODELS on 1 GPU and on all (SIZES=1: only that; FIRST: its GPU), the same work a GPU: tokens/s, ratio, memory against --plan
-#   saves     tinyllama-1.1b on all GPUs: what an asynchronous save costs the steps, and the time from SIGUSR1 to exit code 75, on
-#             the disk and in memory (/dev/shm)
+#   saves     tinyllama-1.1b on all GPUs: what asynchronous saves cost the steps
+#   stops     the same model: time from SIGUSR1 to exit code 75, saving to the disk and to memory (/dev/shm)
 #   kills     dev/test/kill.sh with 2 ranks, KILLS kills in all, on two pairs of GPUs at once
 #   faults    dev/test/ranks.sh and dev/test/ranks_faults.sh
 #
@@ -19,15 +19,15 @@
 parts=() data=""
 while [ $# -gt 0 ]; do
     case $1 in
-        losses | elastic | scaling | saves | kills | faults) parts+=("$1") ;;
+        losses | elastic | scaling | saves | stops | kills | faults) parts+=("$1") ;;
         --data) data=$(realpath -m "${2:-}"); shift
                 [ -d "$data" ] || { echo "gpu_ranks.sh: --data: there is no folder '$data'" >&2; exit 66; } ;;
         -h | --help) awk '/^# shellcheck/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}"; exit 0 ;;
-        *) echo "gpu_ranks.sh: unknown part '$1'; there are losses elastic scaling saves kills faults" >&2; exit 2 ;;
+        *) echo "gpu_ranks.sh: unknown part '$1'; there are losses elastic scaling saves stops kills faults" >&2; exit 2 ;;
     esac
     shift
 done
-[ ${#parts[@]} -gt 0 ] || parts=(losses elastic scaling saves kills faults)
+[ ${#parts[@]} -gt 0 ] || parts=(losses elastic scaling saves stops kills faults)
 [ -n "$data" ] || { echo "gpu_ranks.sh: --data DIR says where the token shards are" >&2; exit 2; }
 source "$(dirname "$0")/test/lib.sh"
 need_mpirun
@@ -249,9 +249,12 @@ stop_after() {
         tee -a "$LOGS/figures.txt"
     check "SIGUSR1: exit code 75 within 10 s" test $code -eq 75 -a $ms -lt 10000
 }
+stops() {
+    stop_after 3 stops --save-every 0
+    [ ! -w /dev/shm ] || stop_after 3 /dev/shm/gpu_ranks_stops --save-every 0
+    rm -rf stops /dev/shm/gpu_ranks_stops
+}
 saves() {
-    [ ! -w /dev/shm ] || stop_after 3 /dev/shm/gpu_ranks_saves --save-every 0
-    rm -rf /dev/shm/gpu_ranks_saves
     stop_after 42 saves --save-every 15 --async-save on
     kept saves
     figures saves saves 15
