@@ -5,7 +5,7 @@
 //
 //   bytes an element, fp8 carrier, codes kept     fused                        composition
 //   swiglu_quantize                               4 + 0.66 + 1     = 5.66      4 + 2 + 3.66     = 9.66
-//   the same with gate_up kept as MXINT8           7.72                         11.72
+//   the same with gate_up kept as MXINT8          7.72                         11.72
 //   rmsnorm_quantize, with the add                6 + 0.66 + 1     = 7.66      6 + 2 + 3.66     = 11.66
 //   rmsnorm_quantize                              2 + 0.66 + 1     = 3.66      2 + 2 + 3.66     = 7.66
 //

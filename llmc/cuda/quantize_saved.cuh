@@ -1,19 +1,8 @@
 // cuda/quantize_saved.cuh: backward operands from packed forward operands, read transposed: wt (C, OC) of w (OC, C), xt
 // (C, BT) of x (BT, C); decode, random signs, H, absmax, round.
 //
-//   saved_mma   bytes of an operand with one base, and nothing else: what training needs
+//   saved_mma   bytes of an operand with one base, and nothing else: what training needs (quantize_saved_mma.cuh)
 //   saved       all else, and second launches
-// 1.5 bytes an element leave some 15 instructions, of which 32 additions in butterflies would take 5, and as many more
-// would decode in f32. But decoded MXFP4 has two significant bits: where the scales of the 32 tokens lie within
-// 2^SPREAD of each other, every partial sum of H (s * x) is a multiple of half the smallest scale and below
-// 2^(SPREAD + 9) of those, so it is exact in f32 in any order, and the tensor cores compute the very sums of the
-// definition. Elsewhere (tokens that are zero, scales far apart, NaN) the warp takes the butterflies. H is +-1 and
-// comes as the B operand; the tokens' scales relative to the largest, with their signs, are multiplied into A.
-//
-// A warp has 32 tokens x 128 columns. Lane (g, t) = (lane / 4, lane % 4) loads for each of tokens 8t .. 8t+7 the 8
-// bytes with columns 16g .. 16g+15: of mma.m16n8k16's rows g and g + 8 the words of 8 codes each, of which every step
-// takes code j; and its four pairs of k. Column n of the j-th result tile is output 8 (n/2) + 2j + n%2, so that the
-// lane gets outputs 8t .. 8t+7 of both rows: 8 neighbouring bytes of the operand, a lane's quad one group.
 #pragma once
 #include "quantize_source.cuh"
 
@@ -24,9 +13,9 @@
 
 // The sums come times 2^(SAVED_SHIFT - base), so that codes are made in the space of the carrier's bytes. A code's
 // power of two is that of its sum, shifted: 3/4 / sqrt(32) is 2^-3 times 1.06, and between 7/8 and 9/8 of a power of
-// two both spacings round to it. Adding a number of the sum's binade, between 1 and 1.5 of its powers of two, makes the
-// adder round, and there are no ties. Where that number is 1, and the sum negative, the adder rounds finer than it
-// should: sums of 1 and 1.5 powers of two, which become the right codes all the same. (Tried: quantize_bench.cu host.)
+// two both spacings round to it. Adding the magnitude of the sum itself, which lies between its power of two and twice
+// that, makes the adder round; SAVED_BITS says up to which sums that gives the definition's codes (quantize_bench.cu
+// host tries every one).
 #define SAVED_SHIFT 19
 #define SAVED_PRODUCT (ABSMAX_PRODUCT * 0x1p-19f)
 #define SAVED_UNIT 0x00a00000u  // 1.25 units' bits, over those of the group's largest sum / sqrt(32)

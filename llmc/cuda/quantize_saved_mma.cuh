@@ -1,4 +1,17 @@
-// cuda/quantize_saved_mma.cuh: wt and xt as bytes of e4m3 with one base, by the tensor cores (see quantize_saved.cuh).
+// cuda/quantize_saved_mma.cuh: wt and xt as bytes of e4m3 with one base, by the tensor cores.
+//
+// 1.5 bytes an element leave some 15 instructions, of which 32 additions in butterflies would take 5, and as many more
+// would decode in f32. But decoded MXFP4 has two significant bits: where the scales of the 32 tokens lie within
+// 2^SPREAD of each other, every partial sum of H (s * x) is a multiple of half the smallest scale and below
+// 2^(SPREAD + 9) of those, so it is exact in f32 in any order, and the tensor cores compute the very sums of the
+// definition. Elsewhere (tokens that are zero, scales far apart, NaN) the warp takes the butterflies. H is +-1 and
+// comes as the B operand; the tokens' scales relative to the largest, with their signs, are multiplied into A.
+//
+// A warp has 32 tokens x 128 columns. Lane (g, t) = (lane / 4, lane % 4) takes of each of tokens 8t .. 8t+7 the 8
+// bytes with columns 16g .. 16g+15: of mma.m16n8k16's rows g and g + 8 the words of 8 codes each, of which every step
+// takes code j; and its four pairs of k. Column n of the j-th result tile is output 8 (n/2) + 2j + n%2, so that the
+// lane gets outputs 8t .. 8t+7 of both rows: 8 neighbouring bytes of the operand, a lane's quad one group. Codes of the
+// next tile are on their way (cp.async) while one is computed.
 #pragma once
 #include "quantize_saved.cuh"
 
@@ -178,9 +191,6 @@ __device__ __forceinline__ void saved_columns_mma(const QuantizeJob& job, BaseUs
 //
 // Sums come times 2^(-9 - base). The code's index is that of group_tops: in CODE_UNITs, half of bit 9 added, cut off.
 
-#ifndef SAVED_HALF
-#define SAVED_HALF 1
-#endif
 #define HALF_SPREAD 2
 #define HALF_LOG2 (-9)
 #define HALF_LOWEST (-1)   // of scale / 2^base: below, group exponents could leave f16
@@ -436,13 +446,9 @@ __device__ __forceinline__ void saved_scales_of_lane(SavedTile* tile, uint32_t s
     }
 }
 
-#ifndef SAVED_RESIDENT
-#define SAVED_RESIDENT 3
-#endif
-
 // bytes of e4m3 with one base, nothing else, first launch
 template <Rounding ROUND>
-__global__ void __launch_bounds__(GROUP_THREADS, ROUND == ROUND_NEAREST ? SAVED_RESIDENT : 2)
+__global__ void __launch_bounds__(GROUP_THREADS, ROUND == ROUND_NEAREST ? 3 : 2)
     quantize_saved_mma_kernel(const __grid_constant__ QuantizeJob job) {
     __shared__ __align__(128) SavedStage stages[GROUP_WARPS];
     __shared__ volatile uint32_t signs[2][2][GROUP_THREADS];
@@ -487,7 +493,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, ROUND == ROUND_NEAREST ? SAVED_
         SavedRange range = saved_range(scales);
         int exact = saved_exact(range, use.base), done = 0;
         uint32_t factors[4], h[4][2];
-        if (SAVED_HALF && ROUND == ROUND_NEAREST && half_exact(range, use.base)) {
+        if (ROUND == ROUND_NEAREST && half_exact(range, use.base)) {
             saved_factors<10>(factors, stage, scales, word, 15 + 14 + HALF_LOG2 - 127 - use.base, g);
             saved_hadamard(h, signs, 1);
             int low = g & 2 ? range.bottom[1] : range.bottom[0], high = g & 2 ? range.bottom[3] : range.bottom[2];

@@ -355,9 +355,6 @@ __global__ void __launch_bounds__(GROUP_THREADS, STATS ? 1 : 3)
 #define COLUMN_BLOCKS 4  // of 32 tokens: the warps of a block
 #define COLUMN_THREADS (COLUMN_BLOCKS * WARP_LANES)
 #define COLUMN_CHUNKS (WARP_LANES * 4 / 16)  // of a token
-#ifndef COLUMN_RESIDENT
-#define COLUMN_RESIDENT 5
-#endif
 
 // word k: the lane's columns of token k, missing ones zero. Odd widths have no 4-byte alignment.
 __device__ __forceinline__ void columns_load(uint32_t* words, const floatX* at, uint32_t width, int valid) {
@@ -483,9 +480,7 @@ __device__ __forceinline__ void columns_store(const QuantizeJob& job, ColumnTile
 }
 
 template <ScaleRule RULE, Rounding ROUND, int STATS, int STAGES>
-__global__ void __launch_bounds__(COLUMN_THREADS, STATS                                          ? 1
-                                                  : ROUND == ROUND_STOCHASTIC || STAGES == 1 ? 4
-                                                                                             : COLUMN_RESIDENT)
+__global__ void __launch_bounds__(COLUMN_THREADS, STATS ? 1 : ROUND == ROUND_STOCHASTIC || STAGES == 1 ? 4 : 5)
     quantize_columns_kernel(const __grid_constant__ QuantizeJob job) {
     __shared__ uint4 stages[COLUMN_BLOCKS][STAGES][STAGES > 1 ? GROUP * COLUMN_CHUNKS : 2 * COLUMN_WARP];
     __shared__ __align__(16) uint32_t masks[COLUMN_BLOCKS][GROUP];
