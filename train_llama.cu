@@ -54,9 +54,13 @@ static void install_signal_handlers(void) {
     action.sa_handler = handle_stop;
     action.sa_flags = SA_RESTART;
     int signals[] = {SIGTERM, SIGUSR1, SIGINT};
+    sigset_t heard;
+    sigemptyset(&heard);
     for (int i = 0; i < 3; i++) {
         sigaction(signals[i], &action, NULL);
+        sigaddset(&heard, signals[i]);
     }
+    sigprocmask(SIG_UNBLOCK, &heard, NULL);  // a parent may have left them blocked
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write, with a message
 }

@@ -44,7 +44,7 @@ cd "$OUT" || exit 1
 on() {
     local gpus=$1 name=$2 n launch=(); shift 2
     n=$(tr -cd , <<<"$gpus" | wc -c)
-    [ "$n" -eq 0 ] || launch=(timeout 300 mpirun --bind-to none -np $((n + 1)))
+    [ "$n" -eq 0 ] || launch=(${LIMIT-timeout 300} mpirun --bind-to none -np $((n + 1)))
     CUDA_VISIBLE_DEVICES=$gpus "${launch[@]}" "$TRAIN" --device cuda --train-data "$data/*train*.bin" --val-every 0 --out "$name" \
         "$@" >"$LOGS/${name##*/}.log" 2>&1
 }
@@ -237,12 +237,12 @@ scaling() {
 stop_after() {
     local step=$1 out=$2 pid begin code ms; shift 2
     rm -rf "$out"
-    on $ALL "$out" --model tinyllama-1.1b --batch-size 16 --warmup-steps 10 --recipe quartet --batch-tokens 524288 --steps 1000 \
+    LIMIT='' on $ALL "$out" --model tinyllama-1.1b --batch-size 16 --warmup-steps 10 --recipe quartet --batch-tokens 524288 --steps 1000 \
         --keep 2 "$@" &
     pid=$!
     until grep -qs "\"type\":\"step\",\"step\":$step," "$out/metrics.jsonl" || ! kill -0 $pid 2>/dev/null; do sleep 0.1; done
     begin=${EPOCHREALTIME/./}
-    pkill -USR1 -P "$(pgrep -P $pid)"     # mpirun, which `timeout` has started
+    pkill -USR1 -P $pid                   # mpirun; where `timeout` has started it, it may not hear the signal
     wait $pid; code=$?
     ms=$(((${EPOCHREALTIME/./} - begin) / 1000))
     echo "SIGUSR1 to exit code $code, saving to $(df --output=source,fstype "$out" | tail -n 1 | tr -s ' '): $ms ms" |

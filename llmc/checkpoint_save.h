@@ -39,6 +39,7 @@ typedef struct {
     SaverPhase phase;
     RunState state;
     CheckpointWriter writer;
+    CheckpointWriter weights;          // of rank 0's second thread
     CheckpointFile* slice_files;       // (ranks), on rank 0
     pthread_t thread;
     int done;                          // the thread's last word
@@ -144,10 +145,10 @@ static void writer_put_weights(Saver* saver) {
         safetensors_declare(&file, param->name, sizeof(floatX) == 2 ? SAFETENSORS_BF16 : SAFETENSORS_F32, shape,
                             param->is_matrix ? 2 : 1);
     }
-    char* path = format_string("%s/model.safetensors", saver->writer.folder);
+    char* path = format_string("%s/model.safetensors", saver->weights.folder);
     safetensors_write_begin(&file, path);
     saver_stream(saver, &file, SAVED_PARAMS, 0, table->elements, sizeof(floatX));
-    writer_end(&saver->writer, &file, "model.safetensors");
+    writer_end(&saver->weights, &file, "model.safetensors");
     free(path);
 }
 
@@ -276,12 +277,32 @@ static void writer_put_configs(Saver* saver) {
 static void saver_say_done(Saver* saver) { __atomic_store_n(&saver->done, 1, __ATOMIC_RELEASE); }
 static int saver_is_done(const Saver* saver) { return __atomic_load_n(&saver->done, __ATOMIC_ACQUIRE); }
 
-static void* saver_write(void* argument) {
+static void* saver_write_weights(void* argument) {
     Saver* saver = (Saver*)argument;
     saver->model->ops->snapshot_wait();
+    writer_put_weights(saver);
+    return NULL;
+}
+
+// rank 0, which has more to write than the others, writes its two large files at once
+static void* saver_write(void* argument) {
+    Saver* saver = (Saver*)argument;
+    int first = saver->comm->rank == 0;
+    pthread_t weights;
+    saver->weights = saver->writer;
+    if (first) {
+        pthread_or_die(pthread_create(&weights, NULL, saver_write_weights, saver), "pthread_create");
+    }
+    saver->model->ops->snapshot_wait();
     writer_put_optimizer(saver);
-    if (saver->comm->rank == 0) {
-        writer_put_weights(saver);
+    if (first) {
+        pthread_or_die(pthread_join(weights, NULL), "pthread_join");
+        if (saver->weights.error[0]) {
+            writer_fail(&saver->writer, "%s", saver->weights.error);
+        } else {
+            writer_add(&saver->writer, "model.safetensors", saver->weights.files[0].bytes,
+                       saver->weights.files[0].checksum);
+        }
         writer_put_configs(saver);
     }
     saver_say_done(saver);

@@ -49,6 +49,14 @@ for variant in "bf16" "quartet --bwd-rounding rtn" "quartet --bwd-rounding sr" "
         elif [ $got -eq 0 ] && [ "$step" = $STEPS ]; then skip "$name: SIG${words_signal#*:}" "the run was over before the signal came"
         else fail "$name: SIG${words_signal#*:}" "exit code $got, checkpoint $step: $(tail -n 1 err.txt)"; fi
     done
+    if env --block-signal=USR1 true 2>/dev/null; then           # as `timeout` of some systems hands it on
+        printf '#!/bin/sh\nexec env --block-signal=USR1 "%s" "$@"\n' "$TRAIN" >blocked.sh; chmod +x blocked.sh
+        TRAIN=./blocked.sh run_until "step      2/" USR1 "${run[@]}" --out blocked --save-every 0
+        check "$name: SIGUSR1, blocked by whoever started it" test $got -eq 75
+        rm -rf blocked
+    else
+        skip "$name: SIGUSR1, blocked by whoever started it" "no env --block-signal here"
+    fi
     train "${run[@]}" --out stopped --save-every 0 >/dev/null
     check "$name: three stops, then to the end" compare same_run $ref stopped
     rm -rf killed
