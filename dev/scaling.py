@@ -5,26 +5,31 @@
     python3 dev/scaling.py predict                          the tables of dev/SCALING.md
 
 measure fits seconds = latency + bytes (n - 1) / n / bandwidth to medians over sizes, both collectives as training issues
-them (gradients f32, parameters bf16, in place, NCCL). predict takes those and the measured step of one GPU; what was not
-measured, the network between machines, stands in ASSUMED.
+them (gradients f32, parameters bf16, in place, NCCL). predict takes the measured step of one GPU and, for all that moves
+between GPUs, what stands in ASSUMED.
 """
 import argparse
 import os
 
 # llama2-7b, quartet, T 2048, micro-batch 8, one H200 (README, dev/LOG.md)
 PARAMETERS = 6.738e9
-SEGMENTS = 34                     # collectives of a kind a step: embedding, 32 blocks, the rest
+SEGMENTS = 34                 # collectives of a kind a step: embedding, 32 blocks, the rest
 MICRO_TOKENS = 8 * 2048
 MEASURED = {
-    "micro_batch": 0.684,         # s, forward and backward of a micro-batch
-    "backward_share": 0.67,       # of it backward, behind which the reduction hides
-    "quantize_w": 0.021,          # s a step: weights quantized, dW out of the rotated space
-    "update": 0.0315,             # s a step: norm and AdamW over all parameters on one GPU
-    "nvlink_bandwidth": 340e9,    # bytes/s of a GPU's share in a ring, 4 GPUs of a machine
-    "nvlink_latency": 30e-6,      # s a collective, 4 GPUs
+    "micro_batch": 0.684,     # s, forward and backward of a micro-batch
+    "backward_share": 0.67,   # of it backward, behind which the reduction hides
+    "quantize_w": 0.021,      # s a step: weights quantized, dW out of the rotated space
+    "update": 0.0315,         # s a step: norm and AdamW over all parameters on one GPU
 }
-# machines of 8 GPUs with a 400 Gb/s port each, over which NCCL lays as many rings; NOT measured
-ASSUMED = {"gpus_a_machine": 8, "network_bandwidth": 8 * 45e9, "network_hop": 5e-6, "nvlink_hop": 1.5e-6}
+# NOT measured: machines of 8 GPUs on NVLink 4, with a 400 Gb/s port each, over which NCCL lays as many rings
+ASSUMED = {
+    "gpus_a_machine": 8,
+    "nvlink_bandwidth": 340e9,      # bytes/s of a GPU's share in a ring (`measure` fits it)
+    "nvlink_latency": 30e-6,        # s a collective inside a machine (the same)
+    "network_bandwidth": 8 * 45e9,  # bytes/s between machines
+    "nvlink_hop": 1.5e-6,           # s
+    "network_hop": 5e-6,
+}
 
 
 def measure():
@@ -71,15 +76,15 @@ def measure():
 def collective(size, n):
     """Seconds of a reduce-scatter or all-gather of `size` bytes over n GPUs in rings: every GPU, and every machine, passes
     on (n - 1) / n of it; n - 1 hops of latency."""
-    a, m = ASSUMED, MEASURED
+    a = ASSUMED
     if n == 1:
         return 0.0
     share = size * (n - 1) / n
     if n <= a["gpus_a_machine"]:
-        return m["nvlink_latency"] + share / m["nvlink_bandwidth"]
+        return a["nvlink_latency"] + share / a["nvlink_bandwidth"]
     machines = n // a["gpus_a_machine"]
     hops = (n - machines) * a["nvlink_hop"] + machines * a["network_hop"]
-    return hops + share / min(a["network_bandwidth"], m["nvlink_bandwidth"])
+    return hops + share / min(a["network_bandwidth"], a["nvlink_bandwidth"])
 
 
 def step(n, tokens, reduce_bytes=4):
