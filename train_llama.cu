@@ -60,7 +60,7 @@ static void install_signal_handlers(void) {
         sigaction(signals[i], &action, NULL);
         sigaddset(&heard, signals[i]);
     }
-    sigprocmask(SIG_UNBLOCK, &heard, NULL);  // a parent may have left them blocked
+    pthread_or_die(pthread_sigmask(SIG_UNBLOCK, &heard, NULL), "pthread_sigmask");  // a parent may have blocked them
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write, with a message
 }
@@ -342,8 +342,8 @@ static void print_header(const Trainer* t, const Ops* ops) {
     printf("schedule   %lld steps, %s tokens, %.1f epochs; lr %g, %s, %lld warm-up steps\n", (long long)c->steps,
            run_tokens, (double)(c->steps * t->run.samples_per_step) / (double)t->train.samples, c->lr, c->schedule,
            (long long)c->warmup_steps);
-    printf("memory     %sB for the model%s (--plan lists it); recompute %s; saved-int8 %s%s, gradients %s, AdamW %s%s\n",
-           memory,
+    printf("memory     %sB for the model%s (--plan lists it); recompute %s; saved-int8 %s%s, gradients %s, "
+           "AdamW %s%s\n", memory,
            t->run.comm.size > 1 ? " on each rank" : "", c->recompute, c->saved_int8,
            run_saved_note(&t->model), c->grad_dtype, c->adam_dtype,
            t->run.training.ranks > 1 ? " divided over ranks" : "");

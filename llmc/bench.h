@@ -125,7 +125,7 @@ static void bench_table(Bench* bench) {
     };
     printf("%-28s %8s %10s %10s %12s %6s\n", "operation", "calls", "ms a call", "ms", "rate", "% max");
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        if (rows[i].flops + rows[i].bytes <= 0) {  // --saved-int8 keeps nothing
+        if (rows[i].flops + rows[i].bytes <= 0) {  // nothing to do, as to pack where nothing is kept
             continue;
         }
         double seconds = bench_time(bench, rows[i].run);

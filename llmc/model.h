@@ -40,14 +40,14 @@ static void model_pack(Model* model, int l, SavedTensor tensor) {
     const BlockActivations* b = &model->blocks[l];
     if (b->int8[tensor].codes) {
         model->ops->mxint8_pack(b->int8[tensor], block_tensor(b, tensor), model->B * model->T,
-                               saved_columns(&model->config, tensor));
+                                saved_columns(&model->config, tensor));
     }
 }
 static void model_unpack(Model* model, int l, SavedTensor tensor) {
     const BlockActivations* b = &model->blocks[l];
     if (b->int8[tensor].codes) {
         model->ops->mxint8_unpack(block_tensor(b, tensor), b->int8[tensor], model->B * model->T,
-                                 saved_columns(&model->config, tensor));
+                                  saved_columns(&model->config, tensor));
     }
 }
 

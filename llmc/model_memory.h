@@ -340,7 +340,7 @@ static void model_check_saved(const ModelConfig* m, SavedInt8 choice) {
         {"--heads x head size", m->NH * m->HS}};
     int count = choice == SAVED_INT8_ALL ? 4 : choice == SAVED_INT8_FFN ? 1 : 0;
     for (int i = 0; i < count; i++) {
-        int width = rows[i].width, below = width / GROUP * GROUP;
+        int width = rows[i].width, below = max_int(width / GROUP, 1) * GROUP;
         check_or(width % GROUP == 0, EXIT_USAGE,
                  "--saved-int8 %s needs %s to be a multiple of %d, but it is %d; %d and %d are the nearest",
                  SAVED_INT8_NAMES[choice], rows[i].what, GROUP, width, below, below + GROUP);

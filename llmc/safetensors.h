@@ -406,7 +406,7 @@ static int safetensors_write(SafetensorsWriter* writer, const void* data, size_t
         }
         done += (size_t)put;
     }
-#ifdef SYNC_FILE_RANGE_WRITE  // the disk begins now, not when it is waited for at the end
+#ifdef SYNC_FILE_RANGE_WRITE  // the disk begins now, not when it is waited for at the end; what fails shows there
     sync_file_range(writer->fd, (off_t)writer->file_bytes, (off_t)bytes, SYNC_FILE_RANGE_WRITE);
 #endif
     xxh64_update(&writer->checksum, data, bytes);

@@ -29,7 +29,7 @@ milliseconds() { local begin=${EPOCHREALTIME/./}; "$@" >/dev/null 2>&1; echo $((
 start_ms=$(milliseconds train "${run[@]}" --out ref)
 run_ms=$(milliseconds train "${run[@]}" --out timed)
 span_ms=$((start_ms + run_ms / 3 + 1))
-echo "seed $SEED: $KILLS kills, each 0 to $span_ms ms after a start (a start takes $start_ms ms, a run $run_ms ms)"
+echo "seed $SEED: $KILLS kills, in a save or 0 to $span_ms ms after a start (a start takes $start_ms ms, a run $run_ms ms)"
 
 wait_ms() { sleep "$(printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000)))"; }
 
@@ -53,8 +53,9 @@ one_start() {
         pids=($pid)
         [ "$RANKS" -eq 1 ] || mapfile -t pids < <(pgrep -P $pid)
         if [ $((kills % 2)) -eq 1 ]; then
-            until compgen -G "$out/step_*.tmp" >/dev/null || ! kill -0 $pid 2>/dev/null; do :; done
+            until compgen -G "$out/step_*.tmp" >/dev/null || ! kill -0 $pid 2>/dev/null; do sleep 0.002; done
         fi
+        kill -0 $pid 2>/dev/null || pids=()
         [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[RANDOM % ${#pids[@]}]}" 2>/dev/null
     fi
     wait $pid 2>/dev/null; got=$?

@@ -154,19 +154,22 @@ static void* nccl_connect(void* unused) {
 }
 
 // The first collectives make the connections that training uses, and must give what is known: element i of rank r is
-// (r + 1) (i % 7 + 1), summed by slices and gathered, and the sum of 1, 2, ...
+// (r % 8 + 1) (i % 7 + 1), whose sums f32 holds, summed by slices and gathered; and the sum of r % 8 + 1
 static void nccl_prove(const Comm* comm) {
     const size_t count = ((size_t)1 << 20) + 5;  // the last slice is longer
-    double value = comm->rank + 1, sum = 0.0, expected = 0.5 * comm->size * (comm->size + 1);
+    double value = comm->rank % 8 + 1, sum = 0.0, expected = 0.0;
     float *x = NULL, *host = (float*)malloc_or_die(count * sizeof(float), "NCCL's known answer");
     double* device = NULL;
     size_t wrong = 0;
     for (size_t i = 0; i < count; i++) {
-        host[i] = (float)(comm->rank + 1) * (float)(i % 7 + 1);
+        host[i] = (float)(comm->rank % 8 + 1) * (float)(i % 7 + 1);
+    }
+    for (int rank = 0; rank < comm->size; rank++) {
+        expected += rank % 8 + 1;
     }
     cuda_check(cudaMalloc((void**)&x, count * sizeof(float)));
     cuda_check(cudaMalloc((void**)&device, sizeof(double)));
-    cuda_check(cudaMemcpy(x, host, count * sizeof(float), cudaMemcpyHostToDevice));
+    cuda_check(cudaMemcpyAsync(x, host, count * sizeof(float), cudaMemcpyHostToDevice, gpu.stream));
     cuda_check(cudaMemcpyAsync(device, &value, sizeof value, cudaMemcpyHostToDevice, gpu.stream));
     nccl_begin();
     nccl_reduce_scatter(comm, real_f32(x), count, REAL_F32);
@@ -180,7 +183,7 @@ static void nccl_prove(const Comm* comm) {
         wrong += (double)host[i] != expected * (double)(i % 7 + 1);
     }
     check_or(sum == expected && wrong == 0, EXIT_SELF_TEST,
-             "NCCL sums 1 to %d to %g instead of %g, and %zu of %zu elements over slices are wrong", comm->size, sum,
+             "NCCL sums over %d ranks to %g instead of %g, and %zu of %zu elements over slices are wrong", comm->size, sum,
              expected, wrong, count);
     cuda_check(cudaFree(x));
     cuda_check(cudaFree(device));

@@ -5,7 +5,7 @@
 //
 //   bytes an element                fused                              composition
 //   unrotate_swiglu_backward        2 + 0.13 + 4 + 4     = 10.1        4.1 + 10    = 14.1
-//   the same of MXINT8               2 + 0.13 + 2.06 + 4  = 8.2         4.1 + 8.1   = 12.2
+//   the same of MXINT8              2 + 0.13 + 2.06 + 4  = 8.2         4.1 + 8.1   = 12.2
 //   unrotate_rmsnorm_backward       2 + 0.13 + 4 + 2     = 8.1         4.1 + 8     = 12.1
 #pragma once
 #include "fused.cuh"

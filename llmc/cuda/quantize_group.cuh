@@ -247,10 +247,9 @@ GROUP_UNROLL
 #define QUEST_SECOND 0x1.e1bcacp-4f
 #define ABSMAX_PRODUCT 0x1.0f876ap-3f  // 3/4 / sqrt(32)
 #define ABSMAX_FIRST 0x1.09e2ap-2f    // rounded, and together with
-#define ABSMAX_SECOND -0x1.043dd4p-3f  // ABSMAX_PRODUCT, but for 5 parts in 10^8
+#define ABSMAX_SECOND -0x1.043dd4p-3f  // 3/4 / sqrt(32), but for 5 parts in 10^8
 #define PAIR_HALF 0x01000100u
 #define PAIR_SIX 0x0e000e00u
-#define PAIR_WORDS (GROUP / 2)
 
 // Word i has elements PAIR_LOW(i) and, above, PAIR_LOW(i) + 2: four words have eight neighbours, of which the upper
 // bytes of the first two words are the even ones in order, those of the others the odd ones.

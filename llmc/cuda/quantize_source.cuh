@@ -19,7 +19,7 @@ typedef struct {
     int check;                       // second launch
     uint32_t rows, cols;             // of the operand
     const floatX* tensor;
-    Mxint8 kept;                      // where swiglu_quantize_kernel keeps its tensor, too, or none
+    Mxint8 kept;                     // where swiglu_quantize_kernel keeps its tensor, too, or none
     const uint8_t *saved_codes, *saved_scales;
     uint8_t *codes, *scales;         // each may be NULL
     uint32_t* mask;
