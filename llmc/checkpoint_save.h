@@ -1,10 +1,10 @@
 // checkpoint_save.h: writing a checkpoint beside training.
 //
 // A save holds training for a copy to host memory only (saver_begin). Then a thread of every rank writes the rank's
-// optimizer file, and another of rank 0 the model; when all are done (the loop asks at every step: saver_advance), a thread of
-// rank 0 writes state.json, commits by rename and removes what --keep does not keep. Until the rename the folder is
-// named .tmp, so a save that is cut short leaves nothing that could be taken for a checkpoint. One save at a time: the
-// next waits (saver_wait).
+// optimizer file, and another of rank 0 the model; when all are done (the loop asks at every step: saver_advance), a
+// thread of rank 0 writes state.json, commits by rename and removes what --keep does not keep. Until the rename the
+// folder is named .tmp, so a save that is cut short leaves nothing that could be taken for a checkpoint. One save at a
+// time: the next waits (saver_wait).
 //
 // Without a snapshot (--async-save off, or no memory for it) the threads read the device themselves, training waits.
 #pragma once

@@ -183,8 +183,8 @@ static void nccl_prove(const Comm* comm) {
         wrong += (double)host[i] != expected * (double)(i % 7 + 1);
     }
     check_or(sum == expected && wrong == 0, EXIT_SELF_TEST,
-             "NCCL sums over %d ranks to %g instead of %g, and %zu of %zu elements over slices are wrong", comm->size, sum,
-             expected, wrong, count);
+             "NCCL sums over %d ranks to %g instead of %g, and %zu of %zu elements over slices are wrong", comm->size,
+             sum, expected, wrong, count);
     cuda_check(cudaFree(x));
     cuda_check(cudaFree(device));
     free(host);
