@@ -12,7 +12,7 @@
 #   saves     tinyllama-1.1b on all GPUs: what asynchronous saves cost the steps
 #   stops     the same model: time from SIGUSR1 to exit code 75, saving to the disk and to memory (/dev/shm)
 #   kills     dev/test/kill.sh with 2 ranks, KILLS kills in all, on two pairs of GPUs at once
-#   faults    dev/test/ranks.sh and dev/test/ranks_faults.sh
+#   faults    dev/test/ranks.sh and dev/test/ranks_faults.sh; on 2 GPUs only the second, with jobs of 2 ranks
 #
 # --data DIR: token shards of a vocabulary of at most 32,000. Needs numpy and 4 GPUs, or 2, which then are all; logs and metrics stay in build/gpu_ranks.
 # shellcheck disable=SC2086  # numbers and fixed paths stand unquoted
@@ -44,7 +44,7 @@ cd "$OUT" || exit 1
 on() {
     local gpus=$1 name=$2 n launch=(); shift 2
     n=$(tr -cd , <<<"$gpus" | wc -c)
-    [ "$n" -eq 0 ] || launch=(${LIMIT-timeout 300} mpirun --bind-to none -np $((n + 1)))
+    [ "$n" -eq 0 ] || launch=(${LIMIT-timeout 300} "${LAUNCH[@]}" -np $((n + 1)))
     CUDA_VISIBLE_DEVICES=$gpus "${launch[@]}" "$TRAIN" --device cuda --train-data "$data/*train*.bin" --val-every 0 --out "$name" \
         "$@" >"$LOGS/${name##*/}.log" 2>&1
 }
@@ -118,6 +118,11 @@ def speed(*folders):
         rate = statistics.median(r["tok_s"] for r in steps(folder)[2:])
         first = first or rate / ranks
         print(f"{folder}: {rate:.0f} tokens/s, {rate / (first * ranks):.3f} of {ranks} times one GPU's")
+
+def saved(folder):
+    for r in map(json.loads, open(f"{folder}/metrics.jsonl")):
+        if r["type"] == "save":
+            print(f"save of step {r['step']}: {json.dumps({k: v for k, v in r.items() if k not in ('type', 'path')})}")
 
 def saves(folder, every):
     """what saves cost: training held while they began, and how much longer the steps beside them took"""
@@ -242,11 +247,12 @@ stop_after() {
     pid=$!
     until grep -qs "\"type\":\"step\",\"step\":$step," "$out/metrics.jsonl" || ! kill -0 $pid 2>/dev/null; do sleep 0.1; done
     begin=${EPOCHREALTIME/./}
-    pkill -USR1 -P $pid                   # mpirun; where `timeout` has started it, it may not hear the signal
+    pkill -USR1 -P $pid                   # mpirun; `timeout` in front of it would end without handing the signal on
     wait $pid; code=$?
     ms=$(((${EPOCHREALTIME/./} - begin) / 1000))
     echo "SIGUSR1 to exit code $code, saving to $(df --output=source,fstype "$out" | tail -n 1 | tr -s ' '): $ms ms" |
         tee -a "$LOGS/figures.txt"
+    [ "${out##*/}" = saves ] || figures saved "$out"
     check "SIGUSR1: exit code 75 within 10 s" test $code -eq 75 -a $ms -lt 10000
 }
 stops() {
@@ -275,8 +281,9 @@ kills() {
 }
 faults() {
     local name
-    export LONG=4000
+    export LONG=4000 RANKS=$((N > 2 ? 3 : 2))
     for name in ranks ranks_faults; do
+        [ $name != ranks ] || [ $N -ge 4 ] || { skip ranks.sh "fewer than 4 GPUs here"; continue; }
         "$ROOT/dev/test/$name.sh" >"$LOGS/$name.log" 2>&1
         grep FAIL "$LOGS/$name.log"
         check "$name.sh" grep -qE '^[1-9][0-9]* passed, 0 failed' "$LOGS/$name.log"

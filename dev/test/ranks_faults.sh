@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # ranks_faults.sh: what clusters do to jobs of several ranks: kills, signals, hangs, full disks, damaged files, hosts that differ.
-# Each ends as the README's table says, names the rank, and loses nothing that was committed.
+# Each ends as the README's table says, names the rank, and loses nothing that was committed. Most jobs have RANKS ranks, 2 or more.
 source "$(dirname "$0")/lib.sh"
 need_mpirun
 make_shards data
+RANKS=${RANKS:-3} LAST=$((${RANKS:-3} - 1))
 run=("${SMALL[@]}" --batch-size 2 --recipe quartet --bwd-rounding sr --steps 24)
 longer=("${SMALL[@]}" --batch-size 2 --recipe quartet --bwd-rounding sr --steps ${LONG:-150})       # on GPUs they take no time
 forever=("${SMALL[@]}" --batch-size 2 --recipe bf16 --schedule constant --steps 100000 --max-minutes 0.5)
@@ -39,12 +40,12 @@ finish_job() {
 
 ranks 2 "${longer[@]}" --out ref >/dev/null 2>&1
 check "the undisturbed run is whole" compare whole ref
-start 3 "${forever[@]}" --out killed --save-every 0
+start $RANKS "${forever[@]}" --out killed --save-every 0
 signal_rank 9 1; finish_job
 check "kill -9 of a rank ends the job" test $got -ne 0 -a $got -ne 75
 check "within 5 s" test "$took" -le 5
 check "and names it" grep -q "rank 1 .*is lost: its process ended" err.txt
-start 3 "${forever[@]}" --out killed --save-every 0
+start $RANKS "${forever[@]}" --out killed --save-every 0
 signal_rank 9 0; finish_job
 check "kill -9 of rank 0 ends the job within 5 s" test $got -ne 0 -a "$took" -le 5
 check "and names it" grep -q "rank 0 .*is lost" err.txt
@@ -68,17 +69,17 @@ check "and to the end: the bits of the undisturbed run" compare same_files ref s
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers, hangs
 
-ranks 3 "${run[@]}" --out nan --plant nan:1:5 >out.txt 2>err.txt; got=$?
+ranks $RANKS "${run[@]}" --out nan --plant nan:1:5 >out.txt 2>err.txt; got=$?
 check "NaN on one rank: the run goes on" test $got -eq 0
 check "and skips that step on all" test "$(grep SKIPPED out.txt | cut -c 1-14)" = "step      5/24"
-ranks 3 "${run[@]}" --out skips --plant nan:2:1 --max-skips 1 >out.txt 2>err.txt; got=$?
+ranks $RANKS "${run[@]}" --out skips --plant nan:$LAST:1 --max-skips 1 >out.txt 2>err.txt; got=$?
 expect_words "--max-skips" 76 $got "1 steps in a row were not finite"
-ranks 3 "${run[@]}" --out hang --plant hang:1:5 --hang-seconds 2 >out.txt 2>err.txt; got=$?
+ranks $RANKS "${run[@]}" --out hang --plant hang:1:5 --hang-seconds 2 >out.txt 2>err.txt; got=$?
 expect_words "a hang" 124 $got "rank 1 .*nothing moved for .* after step 4, in: a planted hang"
-check "every rank says where it stands" test "$(grep -c 'nothing moved for' err.txt)" -eq 3 -a -z "$(grep 'not answer' err.txt)"
-start 3 "${forever[@]}" --out hang --resume never --hang-seconds 2
-signal_rank STOP 2; finish_job
-expect_words "a stopped process" 124 $got "rank 2 .*does not answer"
+check "every rank says where it stands" test "$(grep -c 'nothing moved for' err.txt)" -eq $RANKS -a -z "$(grep 'not answer' err.txt)"
+start $RANKS "${forever[@]}" --out hang --resume never --hang-seconds 2
+signal_rank STOP $LAST; finish_job
+expect_words "a stopped process" 124 $got "rank $LAST .*does not answer"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # folders and disks
