@@ -251,6 +251,7 @@ static int due(int64_t every, int64_t step) { return every > 0 && step % every =
 // the loop; returns the exit code
 static int train(Trainer* t) {
     const Config* config = &t->run.config;
+    install_signal_handlers();  // again: libraries loaded since may have taken them, as LLVM does in an OpenCL driver
     LoaderPlan plan = {.B = t->run.B, .rank = t->run.comm.rank, .ranks = t->run.comm.size,
                        .g0 = t->state.step * t->run.samples_per_step};
     DataLoader* loader = t->state.step < config->steps ? loader_start(&t->train, &plan) : NULL;
