@@ -20,12 +20,12 @@ MEASURED = {
     "backward_share": 0.67,   # of it backward, behind which the reduction hides
     "quantize_w": 0.021,      # s a step: weights quantized, dW out of the rotated space
     "update": 0.0315,         # s a step: norm and AdamW over all parameters on one GPU
+    "nvlink_bandwidth": 305e9,      # bytes/s of a GPU's share in a ring: `measure` on 2 H200 of one machine
+    "nvlink_latency": 49e-6,        # s a collective inside a machine: the same
 }
-# NOT measured: machines of 8 GPUs on NVLink 4, with a 400 Gb/s port each, over which NCCL lays as many rings
+# NOT measured: machines of 8 GPUs with a 400 Gb/s port each, over which NCCL lays as many rings
 ASSUMED = {
     "gpus_a_machine": 8,
-    "nvlink_bandwidth": 340e9,      # bytes/s of a GPU's share in a ring (`measure` fits it)
-    "nvlink_latency": 30e-6,        # s a collective inside a machine (the same)
     "network_bandwidth": 8 * 45e9,  # bytes/s between machines
     "nvlink_hop": 1.5e-6,           # s
     "network_hop": 5e-6,
@@ -76,15 +76,15 @@ def measure():
 def collective(size, n):
     """Seconds of a reduce-scatter or all-gather of `size` bytes over n GPUs in rings: every GPU, and every machine, passes
     on (n - 1) / n of it; n - 1 hops of latency."""
-    a = ASSUMED
+    a, m = ASSUMED, MEASURED
     if n == 1:
         return 0.0
     share = size * (n - 1) / n
     if n <= a["gpus_a_machine"]:
-        return a["nvlink_latency"] + share / a["nvlink_bandwidth"]
+        return m["nvlink_latency"] + share / m["nvlink_bandwidth"]
     machines = n // a["gpus_a_machine"]
     hops = (n - machines) * a["nvlink_hop"] + machines * a["network_hop"]
-    return hops + share / min(a["network_bandwidth"], a["nvlink_bandwidth"])
+    return hops + share / min(a["network_bandwidth"], m["nvlink_bandwidth"])
 
 
 def step(n, tokens, reduce_bytes=4):
