@@ -21,7 +21,7 @@
 #include "watch.h"
 
 #define CHECKPOINT_VERSION 2  // 1 had one optimizer file and gave its range as begin and end
-#define CHECKPOINT_CHUNK ((size_t)4 << 20)  // elements copied at a time
+#define CHECKPOINT_CHUNK ((size_t)16 << 20)  // elements copied at a time: large enough for all of a file's writers
 
 typedef struct {
     int64_t step, tokens;       // finished steps, tokens they saw
@@ -282,6 +282,7 @@ static void copy_reals(const Model* model, RealArray device, const float* values
         return;
     }
     floatX* rounded = (floatX*)malloc_or_die(count * sizeof(floatX), "checkpoint buffer");
+#pragma omp parallel for schedule(static)
     for (size_t i = 0; i < count; i++) {
         rounded[i] = f32_to_floatX(values[i]);
     }
@@ -311,8 +312,11 @@ static void load_elements(const SafetensorsFile* file, const SafetensorsEntry* e
         check_or(safetensors_read(file, entry, wide ? (void*)chunk : (void*)narrow, (int64_t)(first + begin),
                                   (int64_t)n, error, sizeof error) == 0,
                  EXIT_BAD_DATA, "%s", error);
-        for (size_t i = 0; !wide && i < n; i++) {
-            chunk[i] = bf16_to_f32(narrow[i]);
+        if (!wide) {
+#pragma omp parallel for schedule(static)
+            for (size_t i = 0; i < n; i++) {
+                chunk[i] = bf16_to_f32(narrow[i]);
+            }
         }
         copy_reals(model, real_from(a, begin), chunk, n);
         if (b.data) {

@@ -112,6 +112,10 @@ static void* calloc_or_die(size_t bytes, const char* what) {
     return memory;
 }
 
+static void pthread_or_die(int result, const char* what) {
+    check(result == 0, "%s failed: %s", what, strerror(result));
+}
+
 static char* strdup_or_die(const char* text) {
     char* copy = (char*)malloc_or_die(strlen(text) + 1, "a string");
     strcpy(copy, text);

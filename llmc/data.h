@@ -465,10 +465,6 @@ typedef struct {
     pthread_t thread;
 } DataLoader;
 
-static void pthread_or_die(int result, const char* what) {
-    check(result == 0, "%s failed: %s", what, strerror(result));
-}
-
 static void* loader_run(void* argument) {
     DataLoader* loader = (DataLoader*)argument;
     for (int64_t m = 0;; m++) {

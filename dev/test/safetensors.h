@@ -1,5 +1,6 @@
 // safetensors.h: tests of llmc/xxh64.h and llmc/safetensors.h (section safetensors).
 #pragma once
+#include <sys/resource.h>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // XXH64. The values are those of the Python package xxhash 4.1.0 (xxhash.xxh64(data, seed=seed).hexdigest()).
@@ -299,6 +300,62 @@ static void test_safetensors_dtypes(const char* path) {
     }
 }
 
+// pieces so large that several threads write them, the second with an odd size; then a limit within its third part
+static void test_safetensors_large(const char* path) {
+    int64_t shape[] = {3 + 5 * (int64_t)FILE_PART + 77};
+    unsigned char* data = (unsigned char*)malloc_or_die((size_t)shape[0], "a test");
+    for (int64_t i = 0; i < shape[0]; i++) {
+        data[i] = (unsigned char)(i * 2654435761u >> 13);
+    }
+    struct rlimit before, limited;
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    check(getrlimit(RLIMIT_FSIZE, &before) == 0, "getrlimit: %s", strerror(errno));
+    for (int full = 0; full < 2; full++) {
+        SafetensorsWriter writer = {};
+        int64_t file_bytes = 0;
+        uint64_t checksum = 0;
+        safetensors_declare(&writer, "large", SAFETENSORS_U8, shape, 1);
+        safetensors_write_begin(&writer, path);
+        int64_t header = writer.file_bytes;
+        limited = before;
+        limited.rlim_cur = full ? (rlim_t)(header + 3 + 3 * (int64_t)FILE_PART) : before.rlim_cur;
+        check(setrlimit(RLIMIT_FSIZE, &limited) == 0, "setrlimit: %s", strerror(errno));
+        safetensors_write(&writer, data, 3);
+        int failed = safetensors_write(&writer, data + 3, (size_t)shape[0] - 3);
+        expect(failed == -full, "a limit on the size of a file: %d", failed);
+        char error[SAFETENSORS_ERROR_BYTES] = "", at[96];
+        expect(safetensors_write_end(&writer, &file_bytes, &checksum) == -full, "%s", writer.error);
+        setrlimit(RLIMIT_FSIZE, &before);
+        if (full) {
+            snprintf(at, sizeof at, "at byte %lld of %lld", (long long)limited.rlim_cur, (long long)(header + shape[0]));
+            expect(strstr(writer.error, at) && strstr(writer.error, path), "%s: %s", at, writer.error);
+            continue;
+        }
+        Xxh64 all = xxh64_begin(0);
+        size_t bytes;
+        char* text = read_file_or_die(path, &bytes);
+        xxh64_update(&all, text, bytes);
+        expect(file_bytes == header + shape[0] && (size_t)file_bytes == bytes && checksum == xxh64_end(&all) &&
+               !memcmp(text + header, data, (size_t)shape[0]), "%zu bytes", bytes);
+        free(text);
+        SafetensorsFile file;
+        unsigned char* back = (unsigned char*)calloc_or_die((size_t)shape[0], "a test");
+        check(safetensors_open(&file, path, error, sizeof error) == 0, "%s", error);
+        failed = safetensors_read(&file, file.entries, back, 0, shape[0], error, sizeof error);
+        expect(!failed && !memcmp(back, data, (size_t)shape[0]), "read again: %s", error);
+        int64_t end = header + 3 * (int64_t)FILE_PART;
+        check(truncate(path, end) == 0, "cannot truncate: %s", strerror(errno));
+        failed = safetensors_read(&file, file.entries, back, 0, shape[0], error, sizeof error);
+        snprintf(at, sizeof at, "ends at byte %lld, where %lld more", (long long)end,
+                 (long long)(header + shape[0] - end));
+        expect(failed && strstr(error, at), "%s: %s", at, error);
+        safetensors_close(&file);
+        free(back);
+    }
+    signal(SIGXFSZ, handler);
+    free(data);
+}
+
 // the data begin at a multiple of 8 whatever the length of the header
 static void test_safetensors_padding(const char* path) {
     for (int length = 1; length <= 16; length++) {
@@ -379,6 +436,7 @@ static void test_safetensors(void) {
     test_safetensors_damage(path);
     test_safetensors_crafted(path);
     test_safetensors_dtypes(path);
+    test_safetensors_large(path);
     test_safetensors_padding(path);
     test_safetensors_far(path);
     test_safetensors_write_faults(path);
