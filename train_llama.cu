@@ -397,6 +397,7 @@ static void start_weights(Trainer* t, const char* checkpoint, const Json* saved)
     } else {
         make_run_id(t->state.run_id, sizeof t->state.run_id);
         model_init_weights(&t->model, (uint64_t)t->run.config.seed);
+        optimizer_gather(&t->model, &t->run.comm);
     }
 }
 

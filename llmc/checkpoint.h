@@ -15,7 +15,7 @@
 #pragma once
 #include "comm.h"
 #include "config.h"
-#include "model.h"
+#include "optimizer.h"
 #include "safetensors.h"
 #include "tokenizer.h"
 #include "watch.h"
@@ -336,7 +336,7 @@ static SafetensorsFile open_or_die(const char* folder, const char* name) {
     return file;
 }
 
-// all weights from model.safetensors, tensor by tensor; the master copy of this rank's slices from them
+// the weights of this rank's slices from model.safetensors, and the master copy, where there is one, from them
 static void load_weights(const Model* model, const char* folder) {
     SafetensorsFile file = open_or_die(folder, "model.safetensors");
     for (int p = 0; p < model->table.count; p++) {
@@ -344,13 +344,13 @@ static void load_weights(const Model* model, const char* folder) {
         const SafetensorsEntry* entry = find_reals(&file, param->name);
         check_or(entry->count == (int64_t)param->count, EXIT_BAD_DATA, "'%s': tensor '%s' has %lld values, not %zu",
                  file.path, param->name, (long long)entry->count, param->count);
-        load_elements(&file, entry, 0, param->count, model, real_floatX(model->params + param->offset), real_f32(NULL));
-        for (int i = 0; model->master && i < model->slices.count; i++) {
+        for (int i = 0; i < model->slices.count; i++) {
             const Slice* slice = &model->slices.list[i];
             Range part = range_overlap(Range{slice->begin, slice->count}, Range{param->offset, param->count});
             if (part.count) {
+                float* master = model->master ? model->master + slice->at + (part.begin - slice->begin) : NULL;
                 load_elements(&file, entry, part.begin - param->offset, part.count, model,
-                              real_f32(model->master + slice->at + (part.begin - slice->begin)), real_f32(NULL));
+                              real_floatX(model->params + part.begin), real_f32(master));
             }
         }
     }
@@ -431,12 +431,7 @@ static RunState checkpoint_load(const Comm* comm, Model* model, const char* fold
     }
     check_or(loaded == owned, EXIT_BAD_DATA, "the optimizer files of '%s' hold %zu of the %zu values of this rank",
              folder, loaded, owned);
-    for (int i = 0; has_master && model->training.ranks > 1 && i < model->slices.count; i++) {
-        Range range = segment_range(&model->config, &model->table, i);
-        comm->ops->begin();
-        comm->ops->all_gather(comm, real_floatX(model->params + range.begin), range.count);
-        comm->ops->wait();
-    }
+    optimizer_gather(model, comm);
     model->weights_quantized = 0;
     return run;
 }

@@ -470,34 +470,39 @@ static void model_free(Model* model) {
     model_free_tables(model);
 }
 
-// Initial master weights from the seed, and the parameters rounded from them. Element i of a tensor is a function of
-// (seed, tensor, i).
+// n initial values of a tensor from element `first` on, and the same rounded
+static void model_draw_weights(const Model* model, const Param* param, uint64_t seed, size_t first, int64_t n,
+                               float* values, floatX* rounded) {
+    Init init = PARAM_SPECS[param->kind].init;
+    double std = init == INIT_SCALED ? 0.02 / sqrt(2.0 * model->config.L) : 0.02;
+    uint64_t stream = rand_stream(RAND_INIT, (uint64_t)(param->layer + 1), (uint64_t)param->kind, 0);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        values[i] = init == INIT_ONE ? 1.0f : (float)(std * rand_normal(seed, first + (size_t)i, stream));
+        rounded[i] = f32_to_floatX(values[i]);
+    }
+}
+
+// Initial master weights of this rank's slices from the seed, and the parameters rounded from them; with several ranks
+// the others' parameters are gathered then (optimizer_gather). Element i of a tensor is a function of (seed, tensor, i).
 static void model_init_weights(Model* model, uint64_t seed) {
     const size_t chunk = (size_t)1 << 21;
     float* values = (float*)malloc_or_die(chunk * sizeof(float), "initial weights");
     floatX* rounded = (floatX*)malloc_or_die(chunk * sizeof(floatX), "initial weights");
     for (int p = 0; p < model->table.count; p++) {
         const Param* param = &model->table.list[p];
-        Init init = PARAM_SPECS[param->kind].init;
-        double std = init == INIT_SCALED ? 0.02 / sqrt(2.0 * model->config.L) : 0.02;
-        uint64_t stream = rand_stream(RAND_INIT, (uint64_t)(param->layer + 1), (uint64_t)param->kind, 0);
-        for (size_t begin = 0; begin < param->count; begin += chunk) {
-            int64_t n = (int64_t)(param->count - begin < chunk ? param->count - begin : chunk);
-#pragma omp parallel for schedule(static)
-            for (int64_t i = 0; i < n; i++) {
-                values[i] = init == INIT_ONE ? 1.0f : (float)(std * rand_normal(seed, begin + (size_t)i, stream));
-                rounded[i] = f32_to_floatX(values[i]);
-            }
-            Range chunk_range = {param->offset + begin, (size_t)n};
-            for (int s = 0; model->master && s < model->slices.count; s++) {
-                const Slice* slice = &model->slices.list[s];
-                Range part = range_overlap(chunk_range, Range{slice->begin, slice->count});
-                if (part.count) {
-                    model->ops->copy_to_device(model->master + slice->at + (part.begin - slice->begin),
-                                               values + (part.begin - chunk_range.begin), part.count * sizeof(float));
+        for (int s = 0; s < model->slices.count; s++) {
+            const Slice* slice = &model->slices.list[s];
+            Range part = range_overlap(Range{slice->begin, slice->count}, Range{param->offset, param->count});
+            for (size_t done = 0; done < part.count; done += chunk) {
+                size_t begin = part.begin + done, n = part.count - done < chunk ? part.count - done : chunk;
+                model_draw_weights(model, param, seed, begin - param->offset, (int64_t)n, values, rounded);
+                if (model->master) {
+                    model->ops->copy_to_device(model->master + slice->at + (begin - slice->begin), values,
+                                               n * sizeof(float));
                 }
+                model->ops->copy_to_device(model->params + begin, rounded, n * sizeof(floatX));
             }
-            model->ops->copy_to_device(model->params + param->offset + begin, rounded, (size_t)n * sizeof(floatX));
         }
     }
     free(values);

@@ -85,6 +85,14 @@ static void optimizer_gather_segment(Model* model, const Comm* comm, int segment
     comm->ops->all_gather(comm, real_floatX(model->params + range.begin), range.count);
 }
 
+// the parameters of all segments, of which every rank has made its slices; nothing where each rank has all
+static void optimizer_gather(Model* model, const Comm* comm) {
+    for (int i = 0; optimizer_is_sharded(model) && i < model->slices.count; i++) {
+        optimizer_gather_segment(model, comm, i);
+        comm->ops->wait();
+    }
+}
+
 // Update from model_begin_step's lr and corrections and the gradients that are summed up. The result is in
 // model->control; the host is not asked. grad_clip 0 does not clip.
 static void optimizer_step(Model* model, const Comm* comm, const Config* config) {
