@@ -1,5 +1,5 @@
-// file_parts.h: large pieces of a file, read or written by several threads at once. One thread moves 1 to 3 GB/s between
-// memory and the cache of the system, while the disks of training machines take more.
+// file_parts.h: large pieces of a file, read or written by several threads at once. One thread moves 1 to 3 GB/s
+// between memory and the cache of the system, while the disks of training machines take more.
 //
 //     FilePart parts[FILE_THREADS];
 //     int count = file_parts_begin(parts, fd, FILE_WRITE, data, bytes, offset);

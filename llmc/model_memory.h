@@ -484,7 +484,7 @@ static void model_draw_weights(const Model* model, const Param* param, uint64_t 
 }
 
 // Initial master weights of this rank's slices from the seed, and the parameters rounded from them; with several ranks
-// the others' parameters are gathered then (optimizer_gather). Element i of a tensor is a function of (seed, tensor, i).
+// optimizer_gather then brings the others' parameters. Element i of a tensor is a function of (seed, tensor, i).
 static void model_init_weights(Model* model, uint64_t seed) {
     const size_t chunk = (size_t)1 << 21;
     float* values = (float*)malloc_or_die(chunk * sizeof(float), "initial weights");
