@@ -55,6 +55,7 @@ kept() { cp "$1/metrics.jsonl" "$LOGS/$1.jsonl" 2>/dev/null; }
 cat >"$WORK/figures.py" <<'PYTHON'
 import json, statistics, struct, sys
 import numpy
+import runner
 
 def steps(folder):
     return [r for r in map(json.loads, open(f"{folder}/metrics.jsonl")) if r["type"] == "step"]
@@ -137,11 +138,7 @@ def saves(folder, every):
             print(f"save of step {r['step']}: {json.dumps({k: v for k, v in r.items() if k not in ('type', 'path')})}, "
                   f"the next 10 steps together {longer:+.1f} ms")
 
-try:
-    globals()[sys.argv[1]](*sys.argv[2:])
-except AssertionError as difference:
-    print(difference)
-    sys.exit(1)
+runner.run(globals(), sys.argv[1:])
 PYTHON
 figures() { python3 "$WORK/figures.py" "$@" | tee -a "$LOGS/figures.txt"; return ${PIPESTATUS[0]}; }
 # a check whose figures are shown

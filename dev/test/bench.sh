@@ -5,6 +5,7 @@ source "$(dirname "$0")/lib.sh"
 
 cat >bench.py <<'PYTHON'
 import math, re, sys
+import runner
 
 # of lib.sh's MODEL: channels and rows of each linear layer, tokens of a micro-batch
 SHAPES = {"qkv": (64, 192), "o": (64, 64), "gate_up": (64, 256), "down": (128, 64)}
@@ -121,14 +122,7 @@ def sums(lines, found, step, recipe):
         ratio = 100 * (ms["quantize"] + ms["finish"]) / ms["gemm"]
         assert close(m[6], ratio, 100 * 1.1e-3 / ms["gemm"] + ratio * 0.6e-3 / ms["gemm"]), f"ratio {ratio:.1f}: {m[0]}"
 
-try:
-    rows(*sys.argv[2:])
-except AssertionError as difference:
-    print(difference)
-    sys.exit(1)
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(3)
+runner.run(globals(), ["rows"] + sys.argv[2:])
 PYTHON
 floats=4
 train --version | grep -q BF16 && floats=2

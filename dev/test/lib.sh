@@ -134,8 +134,23 @@ ranks() { local n=$1; shift; "${MPIRUN[@]}" -np "$n" "$TRAIN" "$@"; }
 # ---------------------------------------------------------------------------------------------------------------------
 # comparisons, in Python, sharing nothing with the trainer
 
+cat >runner.py <<'PYTHON'
+import sys
+
+def run(functions, arguments):
+    """Calls one by name. Exit code 1: an assertion does not hold, its text is printed. 3: something else went wrong."""
+    try:
+        functions[arguments[0]](*arguments[1:])
+    except AssertionError as difference:
+        print(difference)
+        sys.exit(1)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        sys.exit(3)
+PYTHON
 cat >compare.py <<'PYTHON'
 import glob, json, os, struct, sys
+import runner
 
 def records(folder):
     """Complete lines of metrics.jsonl; numbers stay text."""
@@ -263,13 +278,6 @@ def flip(path, offset):
     data[int(offset)] ^= 1
     open(path, "wb").write(data)
 
-try:
-    globals()[sys.argv[1]](*sys.argv[2:])
-except AssertionError as difference:
-    print(difference)
-    sys.exit(1)
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(3)
+runner.run(globals(), sys.argv[1:])
 PYTHON
 compare() { python3 "$WORK/compare.py" "$@"; }
