@@ -238,7 +238,7 @@ static int due(int64_t every, int64_t step) { return every > 0 && step % every =
 // the loop; returns the exit code
 static int train(Trainer* t) {
     const Config* config = &t->run.config;
-    install_signal_handlers();  // again: libraries loaded since may have taken them, as LLVM does in an OpenCL driver
+    install_signal_handlers();  // again, after the device's libraries
     LoaderPlan plan = {.B = t->run.B, .rank = t->run.comm.rank, .ranks = t->run.comm.size,
                        .g0 = t->state.step * t->run.samples_per_step};
     DataLoader* loader = t->state.step < config->steps ? loader_start(&t->train, &plan) : NULL;
@@ -339,6 +339,7 @@ static int run_training(Trainer* t, const Ops* ops) {
     start_saver(t);
     print_header(t, ops);
     t->log = log_open(&run->comm, run->out, checkpoint ? t->state.step : -1);
+    t->saver.log = fileno(t->log.metrics);
     log_run(&t->log, &run->config, &t->model, &t->state, run->comm.size);
     if (checkpoint) {
         printf("resume     %s: step %lld of %lld\n", checkpoint, (long long)t->state.step,
@@ -377,8 +378,8 @@ static int run_program(Trainer* t, int argc) {
     }
     ranks_agree_options(comm, config);
     ranks_planted(comm, config, "", 0);
-    watch_start(comm, config->hang_seconds);
     int sampling = config->prompt[0] && !config->train_data[0] && !config->plan && !config->print_config;
+    watch_start(comm, sampling || config->bench ? 0.0 : config->hang_seconds);
     check_or(comm->size == 1 || (!sampling && !config->bench), EXIT_USAGE,
              "--%s runs in one process; start it without mpirun", sampling ? "prompt without --train-data" : "bench");
     if (sampling) {
@@ -400,6 +401,7 @@ int main(int argc, char** argv) {
     static Trainer trainer;
     install_signal_handlers();
     trainer.run.comm = comm_init();
+    install_signal_handlers();  // again: a library that MPI loads may have taken them, as LLVM does in an OpenCL driver
     config_parse(&trainer.run.config, argc, argv);
     return comm_end(&trainer.run.comm, run_program(&trainer, argc));
 }

@@ -61,15 +61,18 @@ static int64_t checkpoint_name_step(const char* name) {
     return step;
 }
 
-// steps of the committed checkpoints in out, newest first; the caller frees the list
+// steps of the committed checkpoints in out, newest first; the caller frees the list. A folder that is there and cannot
+// be read ends the program: taken for empty, a run would begin anew over what it holds.
 static int64_t* checkpoint_list(const char* out, int* count) {
     int64_t* steps = NULL;
     *count = 0;
     DIR* folder = opendir(out);
+    check_or(folder || errno == ENOENT || errno == ENOTDIR, EXIT_IO, "cannot list '%s': %s", out, strerror(errno));
     if (!folder) {
         return NULL;
     }
-    for (struct dirent* entry; (entry = readdir(folder)) != NULL;) {
+    errno = 0;
+    for (struct dirent* entry; (entry = readdir(folder)) != NULL; errno = 0) {
         int64_t step = checkpoint_name_step(entry->d_name);
         if (step >= 0) {
             steps = (int64_t*)realloc(steps, sizeof(int64_t) * (size_t)(*count + 1));
@@ -77,6 +80,7 @@ static int64_t* checkpoint_list(const char* out, int* count) {
             steps[(*count)++] = step;
         }
     }
+    check_or(errno == 0, EXIT_IO, "cannot list '%s': %s", out, strerror(errno));
     closedir(folder);
     if (*count) {
         qsort(steps, (size_t)*count, sizeof(int64_t), compare_steps);
@@ -181,6 +185,8 @@ static Json* checkpoint_read_state(const char* folder, char* error, size_t error
     return root;
 }
 
+static void checkpoint_verify_moved(void) { watch_phase("checking the files of a checkpoint"); }
+
 // is every file there, of the recorded size and checksum? Ranks share the files out.
 static int checkpoint_verify_files(const Comm* comm, const char* folder, const Json* state, char* error,
                                    size_t error_bytes) {
@@ -192,7 +198,7 @@ static int checkpoint_verify_files(const Comm* comm, const char* folder, const J
         }
         const char *name = json_string(json_need(file, "name")), *stored = json_string(json_need(file, "xxh64"));
         int64_t expected = json_int(json_need(file, "bytes")), bytes = 0;
-        watch_phase("checking the files of a checkpoint");
+        checkpoint_verify_moved();
         uint64_t checksum = 0;
         char* path = format_string("%s/%s", folder, name);
         struct stat info;
@@ -201,7 +207,7 @@ static int checkpoint_verify_files(const Comm* comm, const char* folder, const J
         } else if (info.st_size != expected) {
             snprintf(error, error_bytes, "'%s' has %lld bytes instead of %lld", path, (long long)info.st_size,
                      (long long)expected);
-        } else if (xxh64_file(&checksum, &bytes, path, error, error_bytes) == 0) {
+        } else if (xxh64_file(&checksum, &bytes, path, checkpoint_verify_moved, error, error_bytes) == 0) {
             char hex[17];
             snprintf(hex, sizeof hex, "%016llx", (unsigned long long)checksum);
             if (strcmp(hex, stored)) {

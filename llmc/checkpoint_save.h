@@ -33,8 +33,10 @@ typedef struct {
     char* tokenizer;                   // on rank 0, the bytes of tokenizer.json, or NULL
     size_t tokenizer_bytes;
     int separator;                     // the document token, or -1
+    int log;                           // file descriptor of metrics.jsonl, made durable with each checkpoint, or -1
     Slices slices;                     // what each rank writes: what it owns, or its share where every rank owns all
-    char* snapshot[SAVED_KINDS];       // NULL: none
+    int is_async;                      // the same on all ranks
+    char* snapshot[SAVED_KINDS];       // NULL: none, also of what this rank has nothing of
     // of the save in progress
     SaverPhase phase;
     RunState state;
@@ -314,6 +316,9 @@ static void* saver_commit(void* argument) {
     CheckpointWriter* writer = &saver->writer;
     char* final_path = checkpoint_path(saver->out, saver->state.step, "");
     writer_put_state(saver);
+    if (saver->log >= 0) {
+        fsync(saver->log);  // a resumed run does not write these records again; without them it still goes on
+    }
     if (!writer->error[0] && fsync_path(writer->folder) != 0) {
         writer_fail(writer, "cannot flush folder '%s': %s", writer->folder, strerror(errno));
     }
@@ -368,6 +373,7 @@ static Saver saver_open(const Comm* comm, const char* out, const Model* model, c
     Saver saver = {};
     saver.comm = comm, saver.out = out, saver.model = model, saver.config = config;
     saver.separator = separator;
+    saver.log = -1;
     if (tokenizer_path && comm->rank == 0) {  // now: it may lie in a checkpoint that is pruned one day
         saver.tokenizer = read_file_or_die(tokenizer_path, &saver.tokenizer_bytes);
     }
@@ -385,13 +391,14 @@ static int saver_wants_snapshot(const Config* config) {
 }
 
 static void saver_allocate_snapshot(Saver* saver) {
+    saver->is_async = 1;
     for (int kind = 0; kind < SAVED_KINDS; kind++) {
         size_t bytes = saver_bytes(saver, (SavedKind)kind);
         saver->snapshot[kind] = bytes ? (char*)saver->model->ops->alloc_host(bytes, "checkpoint snapshot") : NULL;
     }
 }
 
-static int saver_is_async(const Saver* saver) { return saver->snapshot[SAVED_M] != NULL; }
+static int saver_is_async(const Saver* saver) { return saver->is_async; }
 
 static void saver_close(Saver* saver) {
     check(saver->phase == SAVER_IDLE, "internal: a save is in progress");
@@ -470,25 +477,22 @@ static void saver_take_snapshot(Saver* saver) {
     }
 }
 
-// Begin to save the model after state->step steps; nothing else may be in progress. SAVE_NONE: it began. SAVE_DONE:
-// that step was committed before. SAVE_FAILED: with the reason in error.
+// Begin to save the model after state->step steps; nothing else may be in progress. SAVE_NONE: it began. SAVE_FAILED:
+// with the reason in error; one is that a checkpoint of this step is there, which another run has made.
 static SaveResult saver_begin(Saver* saver, const RunState* state) {
     check(saver->phase == SAVER_IDLE, "internal: two saves at once");
-    char* final_path = checkpoint_path(saver->out, state->step, "");
-    int there = saver->comm->rank == 0 && path_is_folder(final_path);
-    free(final_path);
     saver->begin = clock_seconds();
     saver->state = *state;
-    if (comm_max_of(saver->comm, there)) {
-        return SAVE_DONE;
-    }
     saver->written = 0;
     memset(&saver->writer, 0, sizeof saver->writer);
     saver->writer.folder = checkpoint_path(saver->out, state->step, ".tmp");
     saver->error[0] = 0;
     if (saver->comm->rank == 0) {
+        char* final_path = checkpoint_path(saver->out, state->step, "");
         remove_flat_folder(saver->writer.folder);
-        if (mkdir(saver->writer.folder, 0777) != 0) {
+        if (path_is_folder(final_path)) {
+            snprintf(saver->error, sizeof saver->error, "'%s' is there already, from another run", final_path);
+        } else if (mkdir(saver->writer.folder, 0777) != 0) {
             snprintf(saver->error, sizeof saver->error, "cannot create folder '%s': %s", saver->writer.folder,
                      strerror(errno));
         }

@@ -64,7 +64,7 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
       " unless --save-every 0")                                                                                       \
     X(COUNT, keep, "3", "Run", "N", "checkpoints kept, at least 2")                                                   \
     X(TEXT, resume, "auto", "Run", "auto|never|must|PATH",                                                            \
-      "continue from the newest valid checkpoint of --out, or from PATH")                                             \
+      "continue from the newest valid checkpoint of --out, or begin with PATH's")                                      \
     X(COUNT, val_every, "250", "Run", "STEPS", "validation interval; 0: only at the end")                             \
     X(COUNT, val_batches, "20", "Run", "N", "micro-batches of one validation")                                        \
     X(COUNT, log_every, "10", "Run", "STEPS", "interval of the FP4 telemetry, of one micro-batch; 0: none")            \

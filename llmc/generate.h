@@ -138,6 +138,7 @@ static int generate(Model* model, int* ids, int count, int total, int vocab, dou
     int position = 0;
     while (count < total) {
         int rows = min_int(GENERATE_ROWS, count - position);
+        watch_phase("generating a sample");
         generator_forward(model, &g, logits, ids + position, rows, position);
         position += rows;
         if (position == count) {

@@ -18,6 +18,7 @@ typedef struct {
 // keep the lines that a run resumed at `step` still stands for: runs, and records of steps up to it
 static void metrics_rewind(const char* path, int64_t step) {
     FILE* old = fopen(path, "r");
+    check_or(old || errno == ENOENT, EXIT_IO, "cannot read '%s': %s", path, strerror(errno));
     if (!old) {
         return;
     }
@@ -36,8 +37,9 @@ static void metrics_rewind(const char* path, int64_t step) {
         json_free(record);
     }
     free(line);
+    check_or(!ferror(old), EXIT_IO, "cannot read '%s': %s", path, strerror(errno));
     fclose(old);
-    int ok = fflush(fresh) == 0 && fsync(fileno(fresh)) == 0;
+    int ok = !ferror(fresh) && fflush(fresh) == 0 && fsync(fileno(fresh)) == 0;
     ok = fclose(fresh) == 0 && ok && rename(temporary, path) == 0;
     check_or(ok, EXIT_IO, "cannot rewrite '%s': %s", path, strerror(errno));
     free(temporary);

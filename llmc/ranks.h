@@ -12,7 +12,7 @@ static void ranks_agree_options(const Comm* comm, const Config* config) {
     if (comm->size == 1) {
         return;
     }
-    xxh64_file(&binary, &binary_bytes, "/proc/self/exe", error, sizeof error);
+    xxh64_file(&binary, &binary_bytes, "/proc/self/exe", NULL, error, sizeof error);
     FILE* file = open_memstream(&text, &bytes);
     check_or(file, EXIT_NO_MEMORY, "out of memory for the list of options");
     fprintf(file, "version %s, %s, binary %016llx\n", PROGRAM_VERSION, FLOATX_NAME, (unsigned long long)binary);
@@ -35,7 +35,7 @@ static void ranks_agree_data(const Comm* comm, const Dataset* data) {
                "give all hosts the same shards");
 }
 
-typedef struct { int rank; char host[64], device[160], id[32]; } RankPlace;
+typedef struct { int rank, on_cpu; char host[64], device[160], id[32]; } RankPlace;
 
 static int rank_place_compare(const void* a, const void* b) {
     const RankPlace *x = (const RankPlace*)a, *y = (const RankPlace*)b;
@@ -56,13 +56,14 @@ static int ranks_find_shared(RankPlace* places, int size, RankPlace pair[2]) {
     return found;
 }
 
-// Who computes where, printed once; a GPU that two ranks use ends the run.
+// Who computes where, printed once; a GPU that two ranks use, and ranks on CPUs beside ranks on GPUs, end the run.
 static void ranks_print(const Comm* comm, const Ops* ops) {
     RankPlace mine = {}, pair[2];
     if (comm->size == 1) {
         return;
     }
     mine.rank = comm->rank;
+    mine.on_cpu = ops->shares_memory;
     memcpy(mine.host, comm->host, sizeof mine.host);
     ops->describe(mine.device, sizeof mine.device);
     ops->identify(mine.id, sizeof mine.id);
@@ -74,13 +75,20 @@ static void ranks_print(const Comm* comm, const Ops* ops) {
                places[r].id);
     }
     fflush(stdout);
-    int shared = comm->rank == 0 && ranks_find_shared(places, comm->size, pair);
     char message[320] = "";
+    int mixed = 0;
+    for (int r = 0; comm->rank == 0 && r < comm->size && !mixed; r++) {
+        mixed = places[r].on_cpu != places[0].on_cpu;
+        snprintf(message, sizeof message, "rank %d (%s) has %s, rank 0 (%s) %s; --device cuda says why there is no GPU",
+                 r, places[r].host, places[r].on_cpu ? "no GPU" : "a GPU", places[0].host,
+                 places[0].on_cpu ? "none" : "has one");
+    }
+    int shared = comm->rank == 0 && !mixed && ranks_find_shared(places, comm->size, pair);
     if (shared) {
         snprintf(message, sizeof message, "rank %d and rank %d both use the GPU at %s of host %s; start one rank a GPU",
                  pair[0].rank, pair[1].rank, pair[0].id, pair[0].host);
     }
-    if (comm_max_of(comm, shared)) {
+    if (comm_max_of(comm, shared || mixed)) {
         comm_die(comm, EXIT_NO_DEVICE, message);
     }
     free(places);

@@ -272,6 +272,11 @@ static void run_fit(Run* run, const Ops* ops) {
             die_does_not_fit(run, ops, best, available, room);
         }
     }
+    int64_t level = run->training.recompute, chosen[] = {best, -best, level, -level};
+    comm_max(&run->comm, chosen, 4);
+    check_or(chosen[0] == -chosen[1] && chosen[2] == -chosen[3], EXIT_USAGE,
+             "the ranks' devices differ: micro-batches of %lld to %lld rows would fit them best; give --batch-size and "
+             "--recompute", (long long)-chosen[1], (long long)chosen[0]);
     c->batch_size = best;
     c->recompute = RECOMPUTE_NAMES[run->training.recompute];
     run->B = (int)best;
@@ -291,10 +296,33 @@ static void run_lock(Run* run) {
     char* path = format_string("%s/lock", run->out);
     run->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     check_or(run->lock >= 0, EXIT_IO, "cannot write into --out '%s': %s", run->out, strerror(errno));
-    check_or(flock(run->lock, LOCK_EX | LOCK_NB) == 0, EXIT_LOCKED,
-             "another run is using --out '%s'; wait for it, or choose another folder", run->out);
+    int locked = flock(run->lock, LOCK_EX | LOCK_NB) == 0;
+    check_or(locked || errno == EWOULDBLOCK, EXIT_IO,
+             "cannot lock '%s': %s; the file system of --out must know flock (NFS with its lock service, Lustre with -o "
+             "flock)", path, strerror(errno));
+    check_or(locked, EXIT_LOCKED, "another run is using --out '%s'; wait for it, or choose another folder", run->out);
     free(path);
     checkpoint_clean(run->out);
+}
+
+// The newest checkpoint in OUT, if a run that began with this same --resume PATH made it: started again, that command
+// goes on from there, not from PATH. NULL: there is none.
+static char* run_find_begun(const Run* run, Json** state) {
+    int damaged, count;
+    const char* resume = NULL;
+    free(checkpoint_list(run->out, &count));
+    if (comm_max_of(&run->comm, count) == 0) {
+        return NULL;
+    }
+    char* found = checkpoint_find(&run->comm, run->out, state, &damaged);
+    if (found && json_try_string(json_get(json_get(*state, "options"), "resume"), &resume) == 0 &&
+        !strcmp(resume, run->config.resume)) {
+        return found;
+    }
+    json_free(found ? *state : NULL);
+    free(found);
+    *state = NULL;
+    return NULL;
 }
 
 // Which checkpoint to continue from: its folder and verified state, or NULL for a fresh run.
@@ -310,6 +338,12 @@ static char* run_find_checkpoint(const Run* run, Json** state) {
         return NULL;
     }
     int path_given = strcmp(resume, "auto") && strcmp(resume, "must");
+    if (path_given && run->config.train_data[0]) {
+        char* begun = run_find_begun(run, state);
+        if (begun) {
+            return begun;
+        }
+    }
     if (path_given) {
         check_or(path_is_folder(resume), EXIT_NO_INPUT,
                  "--resume '%s' is not a folder; auto, never and must are the other choices", resume);

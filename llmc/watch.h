@@ -134,7 +134,8 @@ static void watch_accept(int listener, const WatchAddress* address) {
         int known = recv(fd, &hello, sizeof hello, MSG_WAITALL) == (ssize_t)sizeof hello &&
                     hello.token == address->token && hello.rank > 0 && hello.rank <= watch.peers &&
                     watch.sockets[hello.rank - 1].fd < 0;
-        if (!known || send(fd, "k", 1, MSG_NOSIGNAL) != 1) {
+        char answer = 0;  // none from a rank that has tired of waiting and tries another address
+        if (!known || send(fd, "k", 1, MSG_NOSIGNAL) != 1 || recv(fd, &answer, 1, 0) != 1 || answer != 'k') {
             close(fd);
             continue;
         }
@@ -164,7 +165,7 @@ static int watch_connect_to(uint32_t ip, const WatchAddress* address, int rank) 
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &seconds, sizeof seconds);
     if (connect(fd, (struct sockaddr*)&to, sizeof to) != 0 ||
         send(fd, &hello, sizeof hello, MSG_NOSIGNAL) != (ssize_t)sizeof hello || recv(fd, &answer, 1, 0) != 1 ||
-        answer != 'k') {
+        answer != 'k' || send(fd, "k", 1, MSG_NOSIGNAL) != 1) {
         close(fd);
         return -1;
     }

@@ -103,8 +103,9 @@ static uint64_t xxh64_end(const Xxh64* state) {
 }
 
 // *checksum and *file_bytes of a whole file, seed 0. Returns 0, or -1 with a text in error: a checkpoint that cannot be
-// read is one to report and pass over, not one to die of.
-static int xxh64_file(uint64_t* checksum, int64_t* file_bytes, const char* path, char* error, size_t error_bytes) {
+// read is one to report and pass over, not one to die of. moved, where it is not NULL, is called after every MiB.
+static int xxh64_file(uint64_t* checksum, int64_t* file_bytes, const char* path, void (*moved)(void), char* error,
+                      size_t error_bytes) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         snprintf(error, error_bytes, "cannot open '%s' for reading: %s", path, strerror(errno));
@@ -123,6 +124,9 @@ static int xxh64_file(uint64_t* checksum, int64_t* file_bytes, const char* path,
             break;
         }
         xxh64_update(&state, chunk, (size_t)got);
+        if (moved) {
+            moved();
+        }
     }
     free(chunk);
     close(fd);

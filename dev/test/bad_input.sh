@@ -157,35 +157,27 @@ train "${small[@]}" --out limited >/dev/null
 check "with room the same command trains" compare same_run steady limited
 
 # one file of a checkpoint cannot be flushed: rank 0 writes its two large ones in two threads, either may fail
-cat >flush.c <<'C'
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-int fsync(int fd) {
-    char link[64], path[4096] = "";
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, getenv("NO_FLUSH"))) {
-        errno = ENOSPC;
-        return -1;
-    }
-    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
-}
-C
-if ! ldd "$TRAIN" | grep -q libasan && cc -shared -fPIC -o flush.so flush.c -ldl 2>/dev/null; then
+if need_faults; then
     for file in model.safetensors optim-00000-of-00001.safetensors config.json state.json; do
-        train() { NO_FLUSH=$file LD_PRELOAD=$PWD/flush.so "$TRAIN" "$@"; }
+        train() { NO_FLUSH=$file ./faulty.sh "$@"; }
         check_exit_lines "$file cannot be flushed" 74 "step 6 not saved;$file;No space left" "${small[@]}" --out unflushed
         train() { "$TRAIN" "$@"; }
         check "nothing half-written is left of $file" test -z "$(ls -d unflushed/step_* 2>/dev/null)"
     done
     train "${small[@]}" --out unflushed >/dev/null
     check "then the same command trains" compare same_run steady unflushed
+    FLUSHED=$WORK/flushed.txt ./faulty.sh "${small[@]}" --save-every 2 --out flushed >/dev/null
+    check "records reach the disk with a checkpoint" test "$(grep -c /flushed/metrics.jsonl flushed.txt)" = 3
+    cp -r flushed listed
+    train() { BAD_DIR=listed ./faulty.sh "$@"; }
+    check_exit "a folder that cannot be listed is not taken for empty" 74 "cannot list 'listed': Input/output error" \
+        "${small[@]}" --steps 8 --out listed
+    train() { NO_LOCK=1 ./faulty.sh "$@"; }
+    check_exit "a file system without locks" 74 "cannot lock 'unlocked/lock';No locks available" "${small[@]}" --out unlocked
+    train() { "$TRAIN" "$@"; }
+    check "and left as it was" diff -r flushed listed
 else
-    skip "a file that cannot be flushed" "no C compiler, or this build has its own runtime"
+    skip "a disk that fails" "no C compiler, or this build has its own runtime"
 fi
 
 # a real file system of 5 MB (two checkpoints and some) that fills up; it vanishes with its private mount namespace

@@ -38,7 +38,7 @@ starts=0 kills=0 ends=0 bad=0 during_save=0
 declare -A resumed_from
 problem() { bad=$((bad + 1)); echo "  kill $kills, start $starts, $out: $1"; }
 one_start() {
-    local before saved after pid pids
+    local before saved after pid pids=()
     before=$(compare newest "$out")
     starts=$((starts + 1))
     "${launch[@]}" "$TRAIN" "${run[@]}" --out "$out" >out.txt 2>err.txt &
@@ -64,13 +64,13 @@ one_start() {
         [ $got -eq 0 ] || [ "$got$1" = 137kill ] || problem "exit code $got: $(tail -n 1 err.txt)"
         [ ! -s err.txt ] || problem "stderr: $(head -n 1 err.txt)"
     else
-        [ $got -eq 0 ] || [ "$1" = kill ] || problem "exit code $got: $(grep train_llama: err.txt | tail -n 1)"
+        [ $got -eq 0 ] || [ ${#pids[@]} -gt 0 ] || problem "exit code $got: $(grep train_llama: err.txt | tail -n 1)"
         ! grep -q 'not usable' err.txt || problem "stderr: $(grep 'not usable' err.txt)"
     fi
     if grep -q '^step\|^done' out.txt; then                 # it came so far as to say where it begins
         saved=$(sed -n 's/^resume .*: step \([0-9]*\) of .*/\1/p' out.txt)
         [ "${saved:--1}" = "$before" ] || problem "resumed from step '${saved:-none}', the newest checkpoint was $before"
-        resumed_from[${saved:-none}]=1
+        [ -z "$saved" ] || resumed_from[$saved]=1
     fi
     saved=$(sed -n 's/^saved .*step_0*\([0-9]*\) .*/\1/p' out.txt | tail -n 1)
     after=$(compare newest "$out")

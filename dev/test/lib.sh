@@ -118,6 +118,13 @@ run_until() {
     unset 'background[-1]'
 }
 
+# need_faults: faulty.sh, which runs the binary over faults.c (faulty.sh ARGUMENTS..., with a fault's variable set). 1: not here
+need_faults() {
+    ! ldd "$TRAIN" | grep -q libasan && cc -shared -fPIC -o faults.so "$ROOT/dev/test/faults.c" -ldl 2>/dev/null || return 1
+    printf '#!/bin/sh\nLD_PRELOAD="%s" exec "%s" "$@"\n' "$WORK/faults.so" "$TRAIN" >faulty.sh
+    chmod +x faulty.sh
+}
+
 # need_mpirun: for tests of several ranks; ends the test where they cannot run.  ranks N ARGUMENTS...: train on N ranks
 need_mpirun() {
     export ASAN_OPTIONS=${ASAN_OPTIONS:-}:detect_leaks=0     # MPI's own

@@ -101,6 +101,21 @@ check "with steps 1 to 12 once each" compare steps longer
 train "${SMALL[@]}" --steps 12 --out longer >out.txt; got=$?
 check "done: says so, exit 0" test $got = 0 -a -n "$(grep '^done ' out.txt)"
 
+# --resume PATH with another --out: started again, the same command goes on in --out; another PATH begins anew, and keeps what was
+branch=("${SMALL[@]}" --steps 12 --out branch --resume longer/step_00000008 --keep 9)
+train "${branch[@]}" --max-minutes 1e-9 >/dev/null; got=$?
+train "${branch[@]}" >out.txt 2>err.txt
+check "--resume PATH: the same command goes on" test $got -eq 75 -a -n "$(grep '^resume .*branch/step_00000009: step 9 of 12' out.txt)"
+check "and ends as the run that it left" compare same_tail longer branch 9
+train "${SMALL[@]}" --steps 12 --out branch --resume longer/step_00000012 --keep 9 >out.txt 2>err.txt
+check "another PATH begins there" test -n "$(grep '^resume .*longer/step_00000012: step 12 of 12' out.txt)" -o -n "$(grep '^done' out.txt)"
+
+# a sample that takes longer than --hang-seconds is no hang
+train --train-data data --model llama3-8b --layers 2 --channels 64 --heads 2 --kv-heads 2 --ffn 128 --vocab-size 288 --seq-len 32 \
+    --batch-tokens 256 --recipe bf16 --steps 2 --val-every 0 --save-every 0 --sample-every 1 --sample-tokens 2500 --hang-seconds 1 \
+    --out talking >out.txt 2>err.txt
+check "a long sample is no hang" test $? -eq 0
+
 # the tokenizer that a resumed run found in a checkpoint outlives that checkpoint
 mv data/tokenizer.json words.json  # beside the shards it would be found there
 train "${SMALL[@]}" --steps 2 --out words --save-every 1 --keep 2 --tokenizer words.json >/dev/null 2>err.txt

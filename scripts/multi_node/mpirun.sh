@@ -25,13 +25,18 @@ for name in $(compgen -e | grep -E '^(NCCL|OMP)_'); do     # as set here, on all
     [ "$name" = NCCL_SOCKET_IFNAME ] && [ -n "${INTERFACE:-}" ] || options+=(-x "$name")
 done
 
+export HWLOC_COMPONENTS=${HWLOC_COMPONENTS:--opencl}      # an OpenCL driver that hwloc loads may take mpirun's signals
+# Ctrl-C reaches mpirun, too; the run is not to start again then
+stopped=
+trap 'stopped=1' INT TERM
 for ((start = 0; ; start++)); do
     mpirun "${options[@]}" "$TRAIN" "$@"
     code=$?
     case $code in
         0 | 2 | 65 | 66 | 70 | 71 | 75 | 76 | 77) exit $code ;;    # done, stopped, or the same again after a start
     esac
-    [ $start -lt "$RETRIES" ] || exit $code
+    [ -z "$stopped" ] && [ $start -lt "$RETRIES" ] || exit $code
     echo "mpirun.sh: exit code $code; start $((start + 2)) of $((RETRIES + 1)) from the last checkpoint" >&2
     sleep 5
+    [ -z "$stopped" ] || exit $code
 done
