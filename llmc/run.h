@@ -298,8 +298,8 @@ static void run_lock(Run* run) {
     check_or(run->lock >= 0, EXIT_IO, "cannot write into --out '%s': %s", run->out, strerror(errno));
     int locked = flock(run->lock, LOCK_EX | LOCK_NB) == 0;
     check_or(locked || errno == EWOULDBLOCK, EXIT_IO,
-             "cannot lock '%s': %s; the file system of --out must know flock (NFS with its lock service, Lustre with -o "
-             "flock)", path, strerror(errno));
+             "cannot lock '%s': %s; the file system of --out must know flock (NFS with its lock service, Lustre with "
+             "-o flock)", path, strerror(errno));
     check_or(locked, EXIT_LOCKED, "another run is using --out '%s'; wait for it, or choose another folder", run->out);
     free(path);
     checkpoint_clean(run->out);
