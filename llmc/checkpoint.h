@@ -21,7 +21,7 @@
 #include "watch.h"
 
 #define CHECKPOINT_VERSION 2  // 1 had one optimizer file and gave its range as begin and end
-#define CHECKPOINT_CHUNK ((size_t)16 << 20)  // elements copied at a time: large enough for all of a file's writers
+#define CHECKPOINT_CHUNK ((size_t)4 << 20)  // elements copied at a time
 
 typedef struct {
     int64_t step, tokens;       // finished steps, tokens they saw

@@ -11,7 +11,6 @@
 // Errors are returned (-1 and a text), never fatal: a damaged checkpoint makes the loader take an older one, and a full
 // disk must not end a training run. Offsets and counts are 64 bits throughout.
 #pragma once
-#include "file_parts.h"
 #include "json.h"
 #include "xxh64.h"
 
@@ -83,15 +82,20 @@ typedef struct {
 
 static int safetensors_pread(int fd, const char* path, void* memory, int64_t bytes, int64_t offset, char* error,
                              size_t error_bytes) {
-    FilePart parts[FILE_THREADS];
-    const FilePart* part = file_parts_end(parts, file_parts_begin(parts, fd, FILE_READ, memory, (size_t)bytes, offset));
-    if (part && part->error) {
-        return safetensors_fail(error, error_bytes, "cannot read '%s': %s", path, strerror(part->error));
-    }
-    if (part) {
-        return safetensors_fail(error, error_bytes, "'%s' ends at byte %lld, where %lld more are needed: truncated",
-                                path, (long long)(part->offset + (int64_t)part->done),
-                                (long long)(bytes - (part->offset + (int64_t)part->done - offset)));
+    int64_t done = 0;
+    while (done < bytes) {
+        ssize_t got = pread(fd, (char*)memory + done, (size_t)(bytes - done), (off_t)(offset + done));
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got < 0) {
+            return safetensors_fail(error, error_bytes, "cannot read '%s': %s", path, strerror(errno));
+        }
+        if (got == 0) {
+            return safetensors_fail(error, error_bytes, "'%s' ends at byte %lld, where %lld more are needed: truncated",
+                                    path, (long long)(offset + done), (long long)(bytes - done));
+        }
+        done += got;
     }
     return 0;
 }
@@ -302,8 +306,8 @@ static int safetensors_read(const SafetensorsFile* file, const SafetensorsEntry*
 //     safetensors_write(&writer, data, bytes);
 //     if (safetensors_write_end(&writer, &file_bytes, &checksum) != 0) { ... writer.error ... }
 // The first failure sticks, as in a FILE: later calls do nothing and return -1, so checking the end is enough. The end
-// must be reached once, it frees everything but the error text. A failed file is left for the caller to remove. A push
-// goes out at once, one of many megabytes by several threads, so push large pieces.
+// must be reached once, it frees everything but the error text. A failed file is left for the caller to remove. Every
+// push is one write(2), so push large pieces.
 
 typedef struct {
     SafetensorsEntry* entries;
@@ -388,17 +392,24 @@ static int safetensors_write(SafetensorsWriter* writer, const void* data, size_t
                                 "internal: '%s' gets more than the declared %lld bytes", writer->path,
                                 (long long)writer->data_bytes);
     }
-    FilePart parts[FILE_THREADS];
-    int count = file_parts_begin(parts, writer->fd, FILE_WRITE, (void*)data, bytes, writer->file_bytes);
-    xxh64_update(&writer->checksum, data, bytes);
-    const FilePart* part = file_parts_end(parts, count);
-    if (part) {
-        writer->failed = 1;
-        return safetensors_fail(writer->error, sizeof writer->error, "cannot write '%s' at byte %lld of %lld: %s",
-                                writer->path, (long long)part->offset + (long long)part->done,
-                                (long long)writer->total_bytes,
-                                part->error ? strerror(part->error) : "nothing was written");
+    size_t done = 0;
+    while (done < bytes) {
+        ssize_t put = write(writer->fd, (const char*)data + done, bytes - done);
+        if (put < 0 && errno == EINTR) {
+            continue;
+        }
+        if (put <= 0) {
+            writer->failed = 1;
+            return safetensors_fail(writer->error, sizeof writer->error, "cannot write '%s' at byte %lld of %lld: %s",
+                                    writer->path, (long long)writer->file_bytes + (long long)done,
+                                    (long long)writer->total_bytes, put < 0 ? strerror(errno) : "nothing was written");
+        }
+        done += (size_t)put;
     }
+#ifdef SYNC_FILE_RANGE_WRITE  // the disk begins now, not when it is waited for at the end; what fails shows there
+    sync_file_range(writer->fd, (off_t)writer->file_bytes, (off_t)bytes, SYNC_FILE_RANGE_WRITE);
+#endif
+    xxh64_update(&writer->checksum, data, bytes);
     writer->file_bytes += (int64_t)bytes;
     return 0;
 }

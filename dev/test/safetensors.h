@@ -300,9 +300,10 @@ static void test_safetensors_dtypes(const char* path) {
     }
 }
 
-// pieces so large that several threads write them, the second with an odd size; then a limit within its third part
+// a large piece of an odd size; then a limit within it, and a file that ends within it
 static void test_safetensors_large(const char* path) {
-    int64_t shape[] = {3 + 5 * (int64_t)FILE_PART + 77};
+    const int64_t part = (int64_t)8 << 20;
+    int64_t shape[] = {3 + 5 * part + 77};
     unsigned char* data = (unsigned char*)malloc_or_die((size_t)shape[0], "a test");
     for (int64_t i = 0; i < shape[0]; i++) {
         data[i] = (unsigned char)(i * 2654435761u >> 13);
@@ -318,7 +319,7 @@ static void test_safetensors_large(const char* path) {
         safetensors_write_begin(&writer, path);
         int64_t header = writer.file_bytes;
         limited = before;
-        limited.rlim_cur = full ? (rlim_t)(header + 3 + 3 * (int64_t)FILE_PART) : before.rlim_cur;
+        limited.rlim_cur = full ? (rlim_t)(header + 3 + 3 * part) : before.rlim_cur;
         check(setrlimit(RLIMIT_FSIZE, &limited) == 0, "setrlimit: %s", strerror(errno));
         safetensors_write(&writer, data, 3);
         int failed = safetensors_write(&writer, data + 3, (size_t)shape[0] - 3);
@@ -343,7 +344,7 @@ static void test_safetensors_large(const char* path) {
         check(safetensors_open(&file, path, error, sizeof error) == 0, "%s", error);
         failed = safetensors_read(&file, file.entries, back, 0, shape[0], error, sizeof error);
         expect(!failed && !memcmp(back, data, (size_t)shape[0]), "read again: %s", error);
-        int64_t end = header + 3 * (int64_t)FILE_PART;
+        int64_t end = header + 3 * part;
         check(truncate(path, end) == 0, "cannot truncate: %s", strerror(errno));
         failed = safetensors_read(&file, file.entries, back, 0, shape[0], error, sizeof error);
         snprintf(at, sizeof at, "ends at byte %lld, where %lld more", (long long)end,
