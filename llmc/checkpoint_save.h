@@ -496,6 +496,7 @@ static SaveResult saver_begin(Saver* saver, const RunState* state) {
             snprintf(saver->error, sizeof saver->error, "cannot create folder '%s': %s", saver->writer.folder,
                      strerror(errno));
         }
+        free(final_path);
     }
     if (comm_any_error(saver->comm, saver->error, sizeof saver->error)) {
         return saver_finish(saver, 1);
