@@ -41,10 +41,16 @@
 // asked to stop: SIGTERM, SIGUSR1 and the first Ctrl-C finish the step, save and exit 75
 
 static volatile sig_atomic_t stop_requested;
+static volatile sig_atomic_t stop_said;  // by this rank: the first
+#define STOP_TEXT "stopping   after this step, with a checkpoint; a second Ctrl-C ends at once and saves nothing\n"
 
 static void handle_stop(int signal_number) {
     if (stop_requested && signal_number == SIGINT) {
         _exit(130);
+    }
+    if (!stop_requested && stop_said) {
+        ssize_t said = write(STDOUT_FILENO, STOP_TEXT, sizeof STOP_TEXT - 1);
+        (void)said;
     }
     stop_requested = 1;
 }
@@ -359,6 +365,9 @@ static int run_training(Trainer* t, const Ops* ops) {
         print_sample(run, &t->model, sample_data(t), t->state.step);
     }
     saver_close(&t->saver);
+    char ended[16];
+    snprintf(ended, sizeof ended, "%d", code);
+    log_event(&t->log, "end", t->state.step, t->state.tokens, "exit_code", ended, clock_seconds() - t->log.begin);
     log_close(&t->log);
     free(checkpoint);
     return code;
@@ -402,6 +411,7 @@ int main(int argc, char** argv) {
     install_signal_handlers();
     trainer.run.comm = comm_init();
     install_signal_handlers();  // again: a library that MPI loads may have taken them, as LLVM does in an OpenCL driver
+    stop_said = trainer.run.comm.rank == 0;
     config_parse(&trainer.run.config, argc, argv);
     return comm_end(&trainer.run.comm, run_program(&trainer, argc));
 }

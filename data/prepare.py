@@ -369,7 +369,8 @@ def print_summary(options, tokenizer, writers, rules_used):
         why = "there is only one document; see --document and --val" if options.val_fraction else "--val-fraction 0"
         print(f"note    no validation split: {why}")
     validation = f" --val-data '{options.out}/val_*.bin'" if writers[1].tokens else ""
-    print(f"next    ./train_llama --train-data '{options.out}/train_*.bin'{validation}")
+    model = "--model tiny " if tokenizer.kind == "byte" else ""
+    print(f"next    ./train_llama {model}--train-data '{options.out}/train_*.bin'{validation}")
 
 
 def main():

@@ -339,6 +339,10 @@ static void config_read_file(Config* config, const char* path) {
 
 static void config_parse_arguments(Config* config, int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "-h")) {
+            config->help = 1;
+            continue;
+        }
         check_or(starts_with(argv[i], "--") && argv[i][2], EXIT_USAGE,
                  "'%s' is not an option: options are --name value or --name=value; --help lists them", argv[i]);
         char name[64];

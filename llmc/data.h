@@ -134,6 +134,17 @@ static void dataset_add_folder(Dataset* dataset, const char* path) {
     check(closedir(folder) == 0, "cannot close folder '%s': %s", path, strerror(errno));
 }
 
+static int folder_has_split(const char* path, const char* split) {
+    DIR* folder = opendir(path);
+    check_or(folder, EXIT_IO, "cannot open folder '%s': %s", path, strerror(errno));
+    int found = 0;
+    for (const char* name; !found && (name = next_bin_name(folder, path)) != NULL;) {
+        found = name_says(name, split);
+    }
+    closedir(folder);
+    return found;
+}
+
 static void dataset_add_path(Dataset* dataset, const char* path) {
     if (path_is_folder(path)) {
         dataset_add_folder(dataset, path);
@@ -155,9 +166,16 @@ static void dataset_add_item(Dataset* dataset, const char* item) {
         die_no_shards(dataset, item, "it matches no file");
     }
     check_or(result == 0, EXIT_IO, "cannot expand the pattern '%s': %s", item, strerror(errno));
+    const char *train = NULL, *val = NULL;
     for (size_t i = 0; i < found.gl_pathc; i++) {
+        const char* name = path_base_name(found.gl_pathv[i]);
+        train = name_says(name, "train") ? name : train;
+        val = name_says(name, "val") ? name : val;
         dataset_add_path(dataset, found.gl_pathv[i]);
     }
+    check_or(!train || !val, EXIT_USAGE,
+             "the pattern '%s' matches shards of both kinds, '%s' and '%s': what is trained on cannot validate; give "
+             "the folder, or a pattern of one kind", item, train, val);
     globfree(&found);
 }
 

@@ -34,23 +34,18 @@ static void start_ranks(Trainer* t, const Ops* ops) {
 #endif
 }
 
-// validation shards: as given, or what lies beside the training shards when that is a folder
+// validation shards: as given, or those of a folder that is given for training
 static void open_data(Trainer* t) {
     Config* c = &t->run.config;
     dataset_open(&t->train, c->train_data, "train", t->run.T, t->run.model_config.V, (uint64_t)c->seed);
-    if (!c->val_data[0] && path_is_folder(c->train_data)) {
-        char* pattern = format_string("%s/val*.bin", c->train_data);
-        glob_t found;
-        if (glob(pattern, 0, NULL, &found) == 0) {
-            c->val_data = pattern;
-            globfree(&found);
-        } else {
-            free(pattern);
-        }
+    if (!c->val_data[0] && path_is_folder(c->train_data) && folder_has_split(c->train_data, "val")) {
+        c->val_data = c->train_data;
     }
     t->has_val = c->val_data[0] != 0;
     ranks_agree_data(&t->run.comm, &t->train);
-    if (comm_max_of(&t->run.comm, t->has_val)) {
+    comm_agree(&t->run.comm, t->has_val ? "validation shards" : "no validation shards", EXIT_BAD_DATA,
+               "what it finds for validation", "give all hosts the same shards");
+    if (t->has_val) {
         dataset_open(&t->val, c->val_data, "val", t->run.T, t->run.model_config.V, (uint64_t)c->seed);
         ranks_agree_data(&t->run.comm, &t->val);
     }

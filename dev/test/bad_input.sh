@@ -156,6 +156,14 @@ check "nothing half-written is left" test -z "$(ls -d limited/step_* 2>/dev/null
 train "${small[@]}" --out limited >/dev/null
 check "with room the same command trains" compare same_run steady limited
 
+# which shards validate: those of a folder that are named so, as llm.c names them, too; never what is trained on
+mkdir named; for file in data/*.bin; do cp $file named/fineweb_${file##*/}; done; cp data/tokenizer.json named/
+train "${small[@]}" --train-data named --out named-run >out.txt 2>err.txt
+check "fineweb_val_000000.bin validates" grep -q "^data .* validation named" out.txt
+train "${small[@]}" --out other-names >/dev/null 2>err.txt
+check "the same run as by the other names" compare same_run other-names named-run
+check_exit "a pattern of both kinds" 2 "matches shards of both kinds;val_00000" "${small[@]}" --train-data 'data/*.bin' --out both
+
 # one file of a checkpoint cannot be flushed: rank 0 writes its two large ones in two threads, either may fail
 if need_faults; then
     for file in model.safetensors optim-00000-of-00001.safetensors config.json state.json; do

@@ -168,6 +168,10 @@ away=("${run[@]}" --train-data data --out bad)
     >out.txt 2>err.txt; got=$?
 expect_words "options are compared before anything is opened" 2 $got "rank 1 .*--train-data"
 cp there/data/train_000000.bin kept; cp data/train_000000.bin there/data/
+rm there/data/val_*.bin
+"${MPIRUN[@]}" -np 1 -wdir here "$TRAIN" "${away[@]}" : -np 1 -wdir there "$TRAIN" "${away[@]}" >out.txt 2>err.txt; got=$?
+expect_words "no validation data on one rank" 65 $got "rank 1 .*differs.*validation"
+cp data/val_*.bin there/data/
 "${MPIRUN[@]}" -np 1 -wdir here "$TRAIN" "${away[@]}" : -np 1 -wdir there "$TRAIN" "${away[@]}" >out.txt 2>err.txt; got=$?
 expect_words "a folder that one host does not see" 2 $got "rank 1 .*does not see the folder --out 'bad'"
 
@@ -200,11 +204,14 @@ launcher() {
     background+=($job)
     for _ in $(seq 1200); do grep -qs '^step ' out.txt && break; kill -0 $job 2>/dev/null || break; sleep 0.05; done
 }
+for name in INT TERM; do                   # Ctrl-C reaches all in the foreground
+    launcher
+    if [ $name = INT ]; then kill -INT -- -$job; else kill -TERM $job; fi
+    finish_job
+    check "mpirun.sh: SIG$name saves and ends it" test -z "$(grep 'start 2 of' err.txt)" -a $got -eq 75 -a "$took" -lt 25
+done
 launcher
-kill -INT -- -$job; finish_job
-check "mpirun.sh: Ctrl-C ends it" test -z "$(grep 'start 2 of' err.txt)" -a $got -ne 0
-launcher
-pkill -9 -P "$(pgrep -P $job -x mpirun)" -f -- "--out launched"
+pkill -9 -P "$(pgrep -P $job mpirun)" -f -- "--out launched"
 for _ in $(seq 1200); do grep -qs 'start 2 of' err.txt && break; kill -0 $job 2>/dev/null || break; sleep 0.05; done
 check "a lost rank starts it again" grep -q 'start 2 of' err.txt
 kill -INT -- -$job; finish_job
