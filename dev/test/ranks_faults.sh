@@ -215,4 +215,19 @@ pkill -9 -P "$(pgrep -P $job mpirun)" -f -- "--out launched"
 for _ in $(seq 1200); do grep -qs 'start 2 of' err.txt && break; kill -0 $job 2>/dev/null || break; sleep 0.05; done
 check "a lost rank starts it again" grep -q 'start 2 of' err.txt
 kill -INT -- -$job; finish_job
+
+# scripts/multi_node/slurm.sh: which exit codes queue the job again. srun and scontrol are stand-ins.
+mkdir slurm
+printf '#!/bin/sh\nexit "$CODE"\n' >slurm/srun
+printf '#!/bin/sh\necho "$*" >>requeued.txt\n' >slurm/scontrol
+chmod +x slurm/srun slurm/scontrol
+requeued=''
+for CODE in 0 2 77 75 137 124 1 75 1; do
+    rm -f requeued.txt
+    CODE=$CODE RETRIES=2 SLURM_JOB_ID=7 PATH=$WORK/slurm:$PATH "$ROOT/scripts/multi_node/slurm.sh" --steps 1; got=$?
+    [ $got -eq "$CODE" ] || fail "slurm.sh: exit code" "$got, not $CODE"
+    requeued+=" $CODE:$(cat requeued.txt 2>/dev/null)"
+done
+check "slurm.sh: queues again after 75 and failures, two in a row" test \
+    "$requeued" = " 0: 2: 77: 75:requeue 7 137:requeue 7 124:requeue 7 1: 75:requeue 7 1:requeue 7"
 finish
