@@ -33,7 +33,7 @@ static inline int is_auto_text(const char* text) { return !strcmp(text, "auto");
     X(REAL, rope_theta, "auto", "Model", "X", "base of the rotary position embedding")                                \
     X(COUNT, tied, "auto", "Model", "0|1", "1: the output head shares the embedding's weights")                       \
     X(TEXT, train_data, "", "Data", "FILES", "token shards: a folder, 'glob*.bin' or a comma-separated list")         \
-    X(TEXT, val_data, "", "Data", "FILES", "validation shards; the training folder's val*.bin if not given")          \
+    X(TEXT, val_data, "", "Data", "FILES", "validation shards; if not given, those in the training folder")           \
     X(TEXT, tokenizer, "auto", "Data", "FILE", "tokenizer.json for samples; auto: beside the shards; byte")           \
     X(COUNT, seq_len, "auto", "Data", "TOKENS", "length T of a training sample")                                      \
     X(COUNT, batch_tokens, "auto", "Data", "TOKENS", "tokens of one optimizer step, over all ranks")                  \

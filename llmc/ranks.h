@@ -77,7 +77,7 @@ static void ranks_print(const Comm* comm, const Ops* ops) {
     fflush(stdout);
     char message[320] = "";
     int mixed = 0;
-    for (int r = 0; comm->rank == 0 && r < comm->size && !mixed; r++) {
+    for (int r = 1; comm->rank == 0 && r < comm->size && !mixed; r++) {
         mixed = places[r].on_cpu != places[0].on_cpu;
         snprintf(message, sizeof message, "rank %d (%s) has %s, rank 0 (%s) %s; --device cuda says why there is no GPU",
                  r, places[r].host, places[r].on_cpu ? "no GPU" : "a GPU", places[0].host,

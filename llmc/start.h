@@ -81,8 +81,7 @@ static void check_fingerprint(Trainer* t, const char* checkpoint) {
     uint64_t fingerprint = dataset_fingerprint(&t->train);
     check_or(!checkpoint || fingerprint == t->state.data_fingerprint || t->run.config.allow_data_change, EXIT_BAD_DATA,
              "the training data is not what checkpoint '%s' was trained on (fingerprint %016llx, then %016llx): its "
-             "order would "
-             "differ; restore the shards, or pass --allow-data-change 1",
+             "order would differ; restore the shards, or pass --allow-data-change 1",
              checkpoint, (unsigned long long)fingerprint, (unsigned long long)t->state.data_fingerprint);
     t->state.data_fingerprint = fingerprint;
 }
